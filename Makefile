@@ -1,0 +1,42 @@
+.PHONY: help setup demo test test-all check bench clean
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# The embedded demo and the tests never talk to a hub, nor to anybody's telemetry.
+export HF_HUB_OFFLINE := 1
+export RAY_USAGE_STATS_ENABLED := 0
+export MLFLOW_DISABLE_TELEMETRY := true
+
+help: ## list the commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+setup: $(STAMP) ## make the environment .venv and install everything
+
+demo: $(STAMP) ## run the speaker pipeline on the embedded corpus
+	$(BIN)/goldcrest run speaker --config configs/speaker/tiny.yaml --store build/store --json build/demo.json
+
+check: $(STAMP) ## format, lint, types, import floors
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: check ## all checks and tests (fast forms)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: check ## everything, long forms too
+	$(BIN)/python -m pytest
+
+bench: $(STAMP) ## measure speed and memory against named peers
+	$(BIN)/python -m pytest tests/bench -m "slow or not slow" --benchmark
+
+clean: ## remove build products (not the environment)
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

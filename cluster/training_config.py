@@ -1,0 +1,51 @@
+"""The training engine's configuration, apart from the engine so that tasks import it without ray."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class TrainingConfig(BaseModel):
+    """How the engine trains an objective. The learning rate is the peak of its schedule."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    epochs: int = Field(10, ge=1, description="passes over the examples")
+    batch_size: int = Field(
+        64, ge=1, description="examples per optimizer step, over all workers and micro-batches"
+    )
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="examples per worker and forward pass; None: batch_size / workers"
+    )
+    drop_last: bool = Field(True, description="leave out the last, smaller batch of an epoch")
+    optimizer: Literal["adamw", "adam", "sgd"] = Field("adamw", description="optimizer")
+    learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="Adam's decay rates")
+    momentum: float = Field(0.9, ge=0, lt=1, description="momentum of SGD")
+    weight_decay: float = Field(0.0, ge=0, description="weight decay (decoupled for adamw)")
+    schedule: Literal["constant", "linear", "cosine", "exponential", "onecycle"] = Field(
+        "constant", description="shape of the learning rate after the warm-up"
+    )
+    warmup_steps: int = Field(0, ge=0, description="optimizer steps of linear warm-up")
+    decay: float = Field(
+        0.97, gt=0, le=1, description="factor per epoch of the exponential schedule"
+    )
+    final_learning_rate: float = Field(
+        0.0, ge=0, description="learning rate at the end of linear, cosine and onecycle schedules"
+    )
+    clip_norm: float | None = Field(None, gt=0, description="largest global gradient norm")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="compute precision")
+    zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage")
+    offload_optimizer: bool = Field(False, description="keep optimizer state in CPU memory")
+    workers: int = Field(1, ge=1, description="data-parallel training processes")
+    cpus_per_worker: float = Field(1.0, ge=0, description="CPU cores per training process")
+    gpus_per_worker: float = Field(0.0, ge=0, description="GPUs per training process")
+    on_nan: Literal["fail", "skip"] = Field(
+        "fail", description="a loss that is not finite: stop with an error, or skip the step"
+    )
+    max_failures: int = Field(3, ge=0, description="restarts after a lost worker or node")
+    checkpoint_every: Annotated[int, Field(ge=1)] = Field(
+        1, description="epochs between checkpoints inside the step"
+    )
