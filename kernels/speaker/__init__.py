@@ -1,0 +1,1 @@
+"""Speaker networks and what turns their embeddings into scores."""
