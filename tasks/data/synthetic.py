@@ -20,16 +20,17 @@ import numpy as np
 from goldcrest.cluster.api import InputError
 from goldcrest.tasks.data.audio import condition
 
-# Variants that sound like plain talkers; those left out whisper, are robots, or carry effects.
+# Variants that sound like plain talkers. Left out: whispers, robots, and every variant with breath
+# noise, which the library draws from memory that differs from run to run.
 MALE_VARIANTS = (
     *("m1", "m2", "m3", "m4", "m5", "m6", "m7", "m8", "Alex", "Andy", "Denis", "Diogo", "Gene"),
-    *("Hugo", "Lee", "Marco", "Michael", "adam", "antonio", "benjamin", "boris", "caleb", "david"),
-    *("ed", "edward", "gustave", "ian", "iven", "john", "max", "michel", "miguel", "norbert"),
-    *("pablo", "paul", "pedro", "quincy", "rob", "sandro", "travis", "victor", "zac", "grandpa"),
+    *("Hugo", "Lee", "Marco", "Michael", "adam", "antonio", "benjamin", "boris", "david", "ed"),
+    *("edward", "gustave", "ian", "iven", "john", "max", "michel", "miguel", "norbert", "pablo"),
+    *("paul", "pedro", "quincy", "rob", "travis", "zac", "grandpa"),
 )
 FEMALE_VARIANTS = (
-    *("f1", "f2", "f3", "f4", "f5", "Alicia", "Andrea", "Annie", "anika", "aunty", "belinda"),
-    *("linda", "shelby", "steph", "steph2", "grandma"),
+    *("f1", "f4", "Andrea", "Annie", "anika", "aunty", "belinda", "linda", "shelby", "steph"),
+    *("steph2", "grandma"),
 )
 ACCENTS = ("en", "en-us", "en-gb-scotland", "en-gb-x-rp", "en-029", "en-gb-x-gbcwmd", "en-us-nyc")
 
@@ -85,7 +86,7 @@ class Spoken:
 
 
 def make_voices(count: int, seed: int) -> list[Voice]:
-    """`count` distinct speakers; variants repeat, with other accent and pitch, after 61 voices."""
+    """`count` distinct speakers; variants repeat, with other accent and pitch, after 52 voices."""
     rng = np.random.default_rng([seed, 1])
     pool = [("M", v) for v in MALE_VARIANTS] + [("F", v) for v in FEMALE_VARIANTS]
     order = [int(i) for i in rng.permutation(len(pool))]
