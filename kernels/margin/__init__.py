@@ -45,5 +45,7 @@ def load(method: str) -> MarginMethod:
     Raises ValueError for a name that is not a file here, with the names that are.
     """
     if method not in methods():
-        raise ValueError(f"margin loss '{method}' does not exist; there are: {', '.join(methods())}")
+        raise ValueError(
+            f"margin loss '{method}' does not exist; there are: {', '.join(methods())}"
+        )
     return cast(MarginMethod, importlib.import_module(f"{__name__}.{method}"))

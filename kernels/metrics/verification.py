@@ -107,9 +107,7 @@ def _interpolated_eer(frr: FloatArray, far: FloatArray) -> FloatArray:
     return (start + share * (np.take_along_axis(frr, after, -1) - start))[..., 0]
 
 
-def equal_error_rate(
-    scores: ArrayLike, target: ArrayLike, method: EerMethod = "interp"
-) -> float:
+def equal_error_rate(scores: ArrayLike, target: ArrayLike, method: EerMethod = "interp") -> float:
     """Equal error rate, in [0, 1].
 
     Methods, which differ on short lists: `interp`, linear between the two thresholds where FRR
@@ -221,7 +219,8 @@ def bootstrap_eer(
     values, labels = check_trials(scores, target)
     if replicates < 1 or not 0 < level < 1:
         raise ValueError("replicates must be at least 1 and level in (0, 1)")
-    rng = np.random.default_rng(seed)
+    # A stream per kind of trial, so that the size of a block does not change what is drawn.
+    rng, other_rng = (np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(2))
     order = np.argsort(values, kind="stable")
     values, labels = values[order], labels[order]
     first_of_tie = np.flatnonzero(np.append(True, np.diff(values) > 0))
@@ -235,7 +234,9 @@ def bootstrap_eer(
     for done in range(0, replicates, step):
         rows = min(step, replicates - done)
         if sides is None:
-            weights = _trial_weights(labels, rows, rng)
+            weights = np.empty((rows, len(labels)))
+            for kind, stream in ((labels, rng), (~labels, other_rng)):
+                weights[:, kind] = _counts(int(kind.sum()), rows, stream)
         else:
             drawn = _counts(count, rows, rng)
             weights = drawn[:, sides[0]] * np.where(labels, 1.0, drawn[:, sides[1]])
@@ -260,14 +261,3 @@ def _counts(size: int, rows: int, rng: np.random.Generator) -> FloatArray:
     """How often each of `size` things is drawn in `size` draws with replacement: (rows, size)."""
     drawn = rng.integers(0, size, (rows, size)) + size * np.arange(rows)[:, None]
     return np.bincount(drawn.ravel(), minlength=rows * size).reshape(rows, size).astype(np.float64)
-
-
-def _trial_weights(
-    labels: NDArray[np.bool_], rows: int, rng: np.random.Generator
-) -> FloatArray:
-    """Weights (rows, K) of a bootstrap by trial, stratified by kind."""
-    weights = np.empty((rows, len(labels)))
-    for kind in (True, False):
-        where = np.flatnonzero(labels == kind)
-        weights[:, where] = _counts(len(where), rows, rng)
-    return weights

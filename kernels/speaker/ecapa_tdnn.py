@@ -188,7 +188,9 @@ class EcapaTdnn(nn.Module):
         """
         return self.blocks(features, lengths)[0]
 
-    def blocks(self, features: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+    def blocks(
+        self, features: Tensor, lengths: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
         """`forward`, with the outputs x1, x2, x3 of the blocks, each (B, C, T), for distillation.
 
         Padded frames of the block outputs are zero.

@@ -1,0 +1,1 @@
+"""Metrics of clustering and verification, and the lists that they are computed on."""
