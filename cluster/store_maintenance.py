@@ -1,0 +1,172 @@
+"""Garbage of a store in a folder: what it is, and when it is safe to remove.
+
+Everything here is judged by its owner first and by its age only where the owner lives on another
+host: unfinished work belongs to a process whose identity is in the folder's name. What is removed
+is renamed into `tmp/` first, so that a reader never sees half of it.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from goldcrest.cluster.lease import FileLeases
+from goldcrest.cluster.process_id import ProcessId
+from goldcrest.cluster.store import remove_tree, workplace_facts
+
+if TYPE_CHECKING:
+    from goldcrest.cluster.store_local import LocalStore
+
+_TRASH = re.compile(r"trash\.([0-9a-f]{16})-(\d+)-([\d.]*)\.[0-9a-f]{8}")
+Candidate = tuple[str, Path, str]  # what it is, where, why it may go
+
+
+def collect(
+    store: LocalStore,
+    keep: set[str] | None,
+    *,
+    older_than: float,
+    dry_run: bool,
+    grace: float,
+) -> list[dict[str, Any]]:
+    """Remove (or only list) all garbage. Arguments and rows as in `Store.gc`."""
+    found: list[Iterable[Candidate]] = [
+        _unfinished_work(store, grace),
+        _scratch(store),
+        _leases(store.leases, grace),
+        _stamps(store, grace),
+    ]
+    if keep is not None:
+        found.insert(0, _artifacts(store, keep, older_than))
+        found.append(_quarantined(store, older_than))
+    rows = []
+    for candidates in found:
+        for what, path, reason in candidates:
+            size = tree_bytes(path)
+            if not dry_run:
+                _remove(store, path)
+            rows.append({"what": what, "path": str(path), "bytes": size, "reason": reason})
+    return rows
+
+
+def tree_bytes(path: Path) -> int:
+    """Bytes in a file or in all files of a folder; what vanishes meanwhile counts as nothing."""
+    total = 0
+    for member in [path, *path.rglob("*")]:
+        try:
+            total += member.lstat().st_size if member.is_file() else 0
+        except FileNotFoundError:
+            continue
+    return total
+
+
+def _remove(store: LocalStore, path: Path) -> None:
+    """Out of sight by a rename, then off the disk."""
+    if path.is_dir():
+        me = ProcessId.current()
+        name = f"trash.{me.machine}-{me.pid}-{me.started}.{secrets.token_hex(4)}"
+        away = store.root / "tmp" / name
+        try:
+            path.rename(away)
+        except FileNotFoundError:
+            return
+        remove_tree(away)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _age(path: Path) -> float:
+    """Seconds since the newest change in a tree; 0 if it vanished."""
+    newest = 0.0
+    try:
+        newest = path.stat().st_mtime
+        for member in path.rglob("*"):
+            newest = max(newest, member.lstat().st_mtime)
+    except FileNotFoundError:
+        return 0.0
+    return time.time() - newest
+
+
+def _unfinished_work(store: LocalStore, grace: float) -> Iterator[Candidate]:
+    """Folders of `begin` whose writer is dead, and removals that were cut short."""
+    for path in _list(store.root / "tmp"):
+        facts = workplace_facts(path.name)
+        if facts is not None:
+            key, attempt, writer = facts
+            held = store.leases.held(key)
+            current = held is not None and attempt.endswith(held.nonce)
+        else:
+            writer, current = _trash_owner(path.name), False
+        state = writer.state() if writer is not None else "unknown"
+        if state == "dead":
+            yield "unfinished work", path, "its writer is dead"
+        elif state == "unknown" and not current and _age(path) > grace:
+            yield "unfinished work", path, "its writer holds no lease and has been silent"
+
+
+def _trash_owner(name: str) -> ProcessId | None:
+    match = _TRASH.fullmatch(name)
+    if match is None:
+        return None
+    return ProcessId(host="", machine=match[1], pid=int(match[2]), started=match[3])
+
+
+def _scratch(store: LocalStore) -> Iterator[Candidate]:
+    """Scratch folders whose key is committed and not being computed."""
+    for path in _list(store.root / "scratch"):
+        if not re.fullmatch(r"[0-9a-f]{64}", path.name) or store.leases.held(path.name):
+            continue
+        if store.manifest(path.name) is not None:
+            yield "scratch", path, "its step is committed"
+
+
+def _leases(leases: FileLeases, grace: float) -> Iterator[Candidate]:
+    """Lease folders that nobody holds and nobody touched lately, and candidates of the dead.
+
+    The wait matters even for released ones: a contender that listed the folder a moment ago must
+    not find the fences starting again at 1.
+    """
+    for folder in _list(leases.root):
+        if leases.held(folder.name) is None:
+            if _age(folder) > min(grace, 3600.0):
+                yield "lease", folder, "nobody holds it"
+        elif _age(folder) > max(grace, 3600.0):
+            yield "lease", folder, "its holder has been silent"
+
+
+def _stamps(store: LocalStore, grace: float) -> Iterator[Candidate]:
+    """Notes about what was verified, for artifacts that are gone."""
+    for folder in _list(store.root / "verified"):
+        for path in _list(folder):
+            gone = (
+                path.suffix != ".json"
+                or not (store.root / "artifacts" / path.name[:2] / path.stem).exists()
+            )
+            if gone and _age(path) > min(grace, 3600.0):
+                yield "verification note", path, "its artifact is gone"
+
+
+def _artifacts(store: LocalStore, keep: set[str], older_than: float) -> Iterator[Candidate]:
+    """Committed artifacts that are not kept, old enough, and not being worked on."""
+    for key in store.keys():
+        place = store.place(key)
+        if key not in keep and store.leases.held(key) is None and _age(place) >= older_than:
+            yield "artifact", place, "it is not kept"
+
+
+def _quarantined(store: LocalStore, older_than: float) -> Iterator[Candidate]:
+    """Damaged artifacts and the notes of why."""
+    for path in _list(store.root / "quarantine"):
+        if _age(path) >= older_than:
+            yield "quarantined", path, "it is damaged"
+
+
+def _list(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except FileNotFoundError:
+        return []
