@@ -1,0 +1,1 @@
+"""The speech front end: frames, filterbanks, cepstra, normalisation, VAD, augmentation."""
