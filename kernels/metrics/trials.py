@@ -148,9 +148,10 @@ def _draw(
     ordered, starts = np.concatenate(order), np.concatenate(start)
     numbered = np.cumsum(np.concatenate(partners))
     total = int(numbered[-1])
-    chosen = np.arange(total)
     if total > limit:
         chosen = np.sort(rng.choice(total, size=limit, replace=False, shuffle=False))
+    else:
+        chosen = np.arange(total)
     one = np.searchsorted(numbered, chosen, side="right")
     before = np.where(one > 0, numbered[one - 1], 0)
     other = starts[one] + chosen - before

@@ -38,7 +38,7 @@ class DetCurve:
     far: FloatArray  # (P,) false acceptance rate, falls from 1 to 0
 
     def probit(self, floor: float = 1e-4) -> tuple[FloatArray, FloatArray]:
-        """(far, frr) on the normal-deviate axes of a DET plot, rates clipped to [floor, 1-floor]."""
+        """(far, frr) on the normal-deviate axes of a DET plot; rates are kept `floor` off 0, 1."""
         clip = (floor, 1 - floor)
         return ndtri(np.clip(self.far, *clip)), ndtri(np.clip(self.frr, *clip))
 
@@ -81,8 +81,8 @@ def det_curve(scores: ArrayLike, target: ArrayLike) -> DetCurve:
     values, labels = check_trials(scores, target)
     thresholds, which = np.unique(values, return_inverse=True)
     frr, far = _rates(
-        np.bincount(which, weights=labels, minlength=len(thresholds)),
-        np.bincount(which, weights=~labels, minlength=len(thresholds)),
+        np.bincount(which[labels], minlength=len(thresholds)).astype(np.float64),
+        np.bincount(which[~labels], minlength=len(thresholds)).astype(np.float64),
     )
     return DetCurve(thresholds=np.append(thresholds, np.inf), frr=frr, far=far)
 
