@@ -1,0 +1,315 @@
+"""Prepare: any folders of speech -> 16 kHz mono utterances in Parquet shards with a table of facts.
+
+Every recording is read, checked, resampled and cut into segments; what can't be used goes to
+quarantine with a reason. Where speakers are known and no evaluation corpora are given, a share of
+the speakers of every corpus is kept for evaluation: no later step trains on anything of theirs.
+
+Artifact:
+    utterances/   id, corpus, speaker, sex, text, split, seconds, speech, audio (16-bit PCM)
+    facts         the same without the audio
+    quarantine    id, path, reason
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import Field
+
+from goldcrest.cluster.api import Config, InputError, InputFiles, Output, StepError, task
+from goldcrest.tasks.data import audio, synthetic
+from goldcrest.tasks.data.corpus import Layout, Recording, read_corpora
+from goldcrest.tasks.methods import SettingsOf, settings_of
+
+Split = Literal["train", "eval"]
+_CHUNK_BYTES = 16 << 20  # encoded audio handed to one worker at a time
+_CHUNK_FILES = 256
+_FRONTEND = "goldcrest.kernels.frontend"
+
+FACTS = pa.schema(
+    [
+        ("id", pa.string()),
+        ("corpus", pa.string()),
+        ("speaker", pa.string()),
+        ("sex", pa.string()),
+        ("text", pa.string()),
+        ("split", pa.string()),
+        ("seconds", pa.float64()),
+        ("speech", pa.float64()),
+    ]
+)
+UTTERANCES = FACTS.append(pa.field("audio", pa.binary()))
+QUARANTINE = pa.schema([("id", pa.string()), ("path", pa.string()), ("reason", pa.string())])
+
+
+class EmbeddedConfig(Config):
+    """The corpus that Goldcrest makes itself with espeak-ng when no `paths` are given."""
+
+    speakers: int = Field(24, ge=4, description="distinct synthetic speakers")
+    utterances: int = Field(10, ge=2, description="utterances per speaker, about 3 s each")
+
+
+class PrepareConfig(Config):
+    """Which speech is read and how it is cut."""
+
+    paths: Annotated[tuple[str, ...], InputFiles] = Field(
+        (), description="corpora: folders, manifest files or datasets:NAME; none: the embedded one"
+    )
+    eval_paths: Annotated[tuple[str, ...], InputFiles] = Field(
+        (), description="corpora for evaluation only; none: speakers held out of `paths`"
+    )
+    layout: Layout = Field("auto", description="how folders are read; auto: found by looking")
+    embedded: EmbeddedConfig = Field(EmbeddedConfig(), description="the corpus made on the spot")
+    segment_seconds: float = Field(
+        4.0, gt=0, description="longer recordings are cut into equal pieces of at most this (s)"
+    )
+    min_seconds: float = Field(0.15, gt=0, description="shorter recordings are quarantined (s)")
+    eval_share: float = Field(
+        0.3, ge=0, lt=1, description="share of each corpus's labelled speakers held out"
+    )
+    vad: Annotated[dict[str, Any], SettingsOf(f"{_FRONTEND}.vad", "VadSettings")] = Field(
+        {}, description="energy voice activity detection; no speech at all: quarantined"
+    )
+    max_bad_share: float = Field(
+        0.2, ge=0, le=1, description="share of recordings that may be quarantined before it fails"
+    )
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One piece of work for one worker: recordings of a split, or synthetic speakers."""
+
+    recordings: Sequence[Recording] = ()
+    splits: Sequence[Split] = ()
+    voices: Sequence[synthetic.Voice] = ()
+
+
+@task(cpus=0, retry_on=(OSError,), timeout="12h")
+def prepare(cfg: PrepareConfig, out: Output) -> None:
+    """Read, check, resample, cut and split the corpora (see the module docstring)."""
+    jobs = _embedded_jobs(cfg, out.seed) if not cfg.paths else _corpus_jobs(cfg, out.seed)
+    work = functools.partial(_run_job, cfg=cfg, seed=out.seed)
+    facts: list[pa.Table] = []
+    quarantined: list[dict[str, str]] = []
+    total = 0
+    with out.shards("utterances") as shards:
+        for number, (rows, bad, recordings) in enumerate(out.runtime.map(work, jobs, note="read")):
+            shards.write(rows)
+            facts.append(rows.select(FACTS.names))
+            quarantined.extend(bad)
+            total += recordings
+            out.progress((number + 1) / len(jobs), f"{total} recordings, {len(quarantined)} bad")
+    table = pa.concat_tables(facts)
+    _check_shares(table, quarantined, total, cfg)
+    out.table("facts", table)
+    out.table("quarantine", pa.Table.from_pylist(quarantined, schema=QUARANTINE))
+    _report(table, len(quarantined), out)
+
+
+def _corpus_jobs(cfg: PrepareConfig, seed: int) -> list[_Job]:
+    both = set(map(_resolved, cfg.paths)) & set(map(_resolved, cfg.eval_paths))
+    if both:
+        raise InputError(f"{min(both)} is given for training and for evaluation")
+    recordings = read_corpora((*cfg.paths, *cfg.eval_paths), cfg.layout)
+    if cfg.eval_paths:
+        training = {r.id for r in read_corpora(cfg.paths, cfg.layout)}
+        splits: list[Split] = ["train" if r.id in training else "eval" for r in recordings]
+    else:
+        splits = hold_out_speakers(recordings, cfg.eval_share, seed)
+    return list(_chunks(recordings, splits))
+
+
+def _resolved(path: str) -> str:
+    return str(Path(path).expanduser().resolve())
+
+
+def _chunks(recordings: Sequence[Recording], splits: Sequence[Split]) -> Iterator[_Job]:
+    start, size = 0, 0
+    for place, recording in enumerate(recordings):
+        size += _encoded_bytes(recording)
+        if size >= _CHUNK_BYTES or place + 1 - start >= _CHUNK_FILES:
+            yield _Job(recordings[start : place + 1], splits[start : place + 1])
+            start, size = place + 1, 0
+    if start < len(recordings):
+        yield _Job(recordings[start:], splits[start:])
+
+
+def _encoded_bytes(recording: Recording) -> int:
+    if recording.data is not None:
+        return len(recording.data)
+    return recording.path.stat().st_size if recording.path.is_file() else 0
+
+
+def hold_out_speakers(recordings: Sequence[Recording], share: float, seed: int) -> list[Split]:
+    """The split of every recording: `share` of the labelled speakers of each corpus are "eval".
+
+    Each corpus keeps at least two speakers on either side (one can make no non-target trial), so a
+    corpus of fewer than four labelled speakers trains as a whole; the unlabelled always train.
+    """
+    speakers: dict[str, set[str]] = {}
+    for recording in recordings:
+        if recording.speaker is not None:
+            speakers.setdefault(recording.corpus, set()).add(recording.speaker)
+    held: set[tuple[str, str]] = set()
+    for corpus, names in speakers.items():
+        if len(names) >= 4 and share > 0:
+            rng = np.random.default_rng([seed, 3, *corpus.encode()])
+            count = min(max(round(share * len(names)), 2), len(names) - 2)
+            chosen = rng.permutation(sorted(names))[:count]
+            held.update((corpus, str(name)) for name in chosen)
+    return [
+        "eval" if r.speaker is not None and (r.corpus, r.speaker) in held else "train"
+        for r in recordings
+    ]
+
+
+def _embedded_jobs(cfg: PrepareConfig, seed: int) -> list[_Job]:
+    if cfg.eval_paths:
+        raise InputError("--eval-corpus without --corpus: the embedded corpus brings its own")
+    voices = synthetic.make_voices(cfg.embedded.speakers, seed)
+    as_recordings = [
+        Recording(id=v.name, corpus="embedded", path=Path(v.name), speaker=v.name, sex=v.sex)
+        for v in voices
+    ]
+    splits = hold_out_speakers(as_recordings, cfg.eval_share, seed)
+    return [
+        _Job(voices=voices[i : i + 8], splits=splits[i : i + 8]) for i in range(0, len(voices), 8)
+    ]
+
+
+def _run_job(
+    job: _Job, *, cfg: PrepareConfig, seed: int
+) -> tuple[pa.Table, list[dict[str, str]], int]:
+    """Rows, quarantine and number of recordings of one job; runs on a worker."""
+    rows: list[dict[str, Any]] = []
+    bad: list[dict[str, str]] = []
+    count = 0
+    for recording, samples, split in _decoded(job, cfg, seed, bad):
+        count += 1
+        rows.extend(_segments(recording, samples, split, cfg, bad))
+    return pa.Table.from_pylist(rows, schema=UTTERANCES), bad, count + len(bad)
+
+
+def _decoded(
+    job: _Job, cfg: PrepareConfig, seed: int, bad: list[dict[str, str]]
+) -> Iterator[tuple[Recording, np.ndarray, Split]]:
+    limits = audio.AudioLimits(min_seconds=cfg.min_seconds)
+    for recording, split in zip(job.recordings, job.splits, strict=False):
+        try:
+            if recording.problem is not None:
+                raise audio.AudioError(recording.problem)
+            source = recording.data if recording.data is not None else recording.path
+            yield recording, audio.decode(source, limits), split
+        except audio.AudioError as error:
+            bad.append(_quarantine_row(recording, str(error)))
+    for voice, split in zip(job.voices, job.splits, strict=False):
+        for spoken in synthetic.synthesize(voice, cfg.embedded.utterances, seed):
+            recording = Recording(
+                id=f"embedded/{spoken.id}",
+                corpus="embedded",
+                path=Path(spoken.id),
+                speaker=voice.name,
+                sex=voice.sex,
+                text=spoken.text,
+            )
+            yield recording, spoken.samples, split
+
+
+def _quarantine_row(recording: Recording, reason: str) -> dict[str, str]:
+    return {"id": recording.id, "path": str(recording.path), "reason": reason}
+
+
+def _segments(
+    recording: Recording,
+    samples: np.ndarray,
+    split: Split,
+    cfg: PrepareConfig,
+    bad: list[dict[str, str]],
+) -> Iterator[dict[str, Any]]:
+    seconds = len(samples) / audio.SAMPLE_RATE
+    pieces = max(1, int(np.ceil(seconds / cfg.segment_seconds - 1e-9)))
+    silent = 0
+    for number, piece in enumerate(np.array_split(samples, pieces)):
+        speech = speech_share(piece, cfg.vad)
+        if speech == 0.0:
+            silent += 1
+            continue
+        speaker = recording.speaker
+        yield {
+            "id": recording.id if pieces == 1 else f"{recording.id}#{number:03d}",
+            "corpus": recording.corpus,
+            "speaker": None if speaker is None else f"{recording.corpus}:{speaker}",
+            "sex": recording.sex,
+            "text": recording.text if pieces == 1 else None,
+            "split": split,
+            "seconds": len(piece) / audio.SAMPLE_RATE,
+            "speech": speech,
+            "audio": audio.to_pcm16(piece),
+        }
+    if silent == pieces:
+        bad.append(_quarantine_row(recording, "no speech found by the energy detector"))
+
+
+def speech_share(samples: np.ndarray, vad: dict[str, Any]) -> float:
+    """Share of 25 ms frames that the energy detector takes for speech, in [0, 1]."""
+    import torch
+
+    from goldcrest.kernels.frontend.mfcc import MfccSettings, mfcc
+    from goldcrest.kernels.frontend.vad import energy_vad
+
+    features = mfcc(torch.from_numpy(samples)[None], None, MfccSettings())
+    settings = settings_of(f"{_FRONTEND}.vad", "VadSettings", vad)
+    speech = energy_vad(features[0, :, 0], settings)
+    return float(speech.float().mean()) if len(speech) else 0.0
+
+
+def _check_shares(
+    facts: pa.Table, quarantined: list[dict[str, str]], total: int, cfg: PrepareConfig
+) -> None:
+    examples = "; ".join(f"{row['path']}: {row['reason']}" for row in quarantined[:3])
+    if facts.num_rows == 0:
+        raise StepError(f"none of {total} recordings can be used: {examples}")
+    if len(quarantined) > cfg.max_bad_share * total:
+        raise StepError(
+            f"{len(quarantined)} of {total} recordings can't be used, more than the allowed "
+            f"{cfg.max_bad_share:.0%}: {examples}",
+            hint="mend the corpus, or raise corpus.max_bad_share",
+        )
+    if "train" not in facts.column("split").to_pylist():
+        raise StepError("no utterance is left for training", hint="lower corpus.eval_share")
+
+
+def _report(facts: pa.Table, quarantined: int, out: Output) -> None:
+    summary = {}
+    for split in ("train", "eval"):
+        mask = pc.equal(facts.column("split"), split)
+        part = facts.filter(mask)
+        speakers = {name for name in part.column("speaker").to_pylist() if name is not None}
+        summary[split] = {
+            "utterances": part.num_rows,
+            "speakers": len(speakers),
+            "hours": round(float(np.sum(part.column("seconds").to_numpy())) / 3600, 4),
+        }
+    out.metrics(quarantined=quarantined, corpus=summary)
+    out.figure("durations", _duration_figure(facts))
+
+
+def _duration_figure(facts: pa.Table) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3))
+    axes = figure.subplots()
+    names = sorted(set(facts.column("corpus").to_pylist()))
+    corpora = np.array(facts.column("corpus").to_pylist())
+    seconds = facts.column("seconds").to_numpy()
+    axes.hist([seconds[corpora == name] for name in names], bins=30, stacked=True, label=names)
+    axes.set(xlabel="utterance length (s)", ylabel="utterances")
+    axes.legend(fontsize="small")
+    return figure
