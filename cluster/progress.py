@@ -191,14 +191,15 @@ class LiveProgress(Progress):
             box=None,
             pad_edge=False,
         )
-        for name, options in (
+        columns: list[tuple[str, dict[str, Any]]] = [
             ("", {"width": 2}),
             ("step", {"no_wrap": True}),
             ("elapsed", {"justify": "right", "no_wrap": True}),
             ("place", {"no_wrap": True, "style": "dim"}),
             ("progress", {"overflow": "fold", "ratio": 1}),
-        ):
-            table.add_column(name, **options)  # type: ignore[arg-type]
+        ]
+        for name, options in columns:
+            table.add_column(name, **options)
         now = self.clock()
         for step, row in list(self.rows.items()):
             sign: Spinner | Text = self._spinner
