@@ -1,0 +1,224 @@
+"""Ray Train glue: the engine's loop in a group of workers that is restarted when one is lost.
+
+Ray Train starts the workers, makes their process group, notices a dead one and starts the group
+again (`FailureConfig`). Two things it does not do for us:
+
+- Its reported checkpoints are registered some seconds late: a worker killed right after a report
+  can lose the last two. Ours are on disk when `_save` returns, so we report none and resume from
+  `scratch`.
+- It repeats after every error, also one that will come again (a wrong shape, a loss that is NaN).
+  A worker therefore writes an error of the training itself into `failure.json`; the restarted group
+  sees it and ends at once, and the driver raises it. Errors of communication are only the echo of
+  another worker's death and are not written.
+
+Worker 0 writes `status.json` now and then, the driver reads it and calls the caller's functions.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from goldcrest.cluster.errors import GoldcrestError, InputError, StepError
+from goldcrest.cluster.training_config import TrainingConfig
+
+if TYPE_CHECKING:
+    from goldcrest.cluster.api import Objective
+    from goldcrest.cluster.training import CallbackReporter
+
+_STATUS = "status.json"
+_FAILURE = "failure.json"
+_SECONDS_BETWEEN_STATUS = 0.5
+_COMMUNICATION = re.compile(r"gloo|nccl|process group|connection (closed|reset)|timed out", re.I)
+_KINDS = {"InputError": InputError, "StepError": StepError}
+
+
+def _write_json(path: Path, value: Any) -> None:
+    """Replace a small JSON file in one step, so that a reader never sees half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value), encoding="utf-8")
+    temporary.replace(path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The content of a JSON file, `{}` if it is absent or unreadable just now."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
+class StatusReporter:
+    """Worker 0's voice: writes share, note and history to `status.json`."""
+
+    def __init__(self, scratch: Path, attempt: str) -> None:
+        self._path = scratch / _STATUS
+        self._status: dict[str, Any] = {"attempt": attempt, "done": 0.0, "note": "", "rows": []}
+        self._last = 0.0
+
+    def progress(self, done: float, note: str) -> None:
+        """Write the share done and a note, at most twice a second."""
+        self._status |= {"done": done, "note": note}
+        if time.monotonic() - self._last >= _SECONDS_BETWEEN_STATUS:
+            self._last = time.monotonic()
+            _write_json(self._path, self._status)
+
+    def epochs(self, rows: list[dict[str, float]]) -> None:
+        """Write the history."""
+        self._status["rows"] = rows
+        _write_json(self._path, self._status)
+
+
+def _is_echo(error: BaseException) -> bool:
+    """Whether `error` only says that another worker is gone, or the disk or network failed."""
+    import torch
+
+    if isinstance(error, GoldcrestError):
+        return False
+    if isinstance(error, OSError | torch.distributed.DistError):
+        return True
+    return isinstance(error, RuntimeError) and bool(_COMMUNICATION.search(str(error)))
+
+
+def _work(job: dict[str, Any]) -> None:
+    """One worker of the group: runs in its own process, started by Ray Train."""
+    scratch = Path(job["scratch"])
+    if _read_json(scratch / _FAILURE).get("attempt") == job["attempt"]:
+        return  # the group was restarted after an error that would come again
+    try:
+        _train(job, scratch)
+    except Exception as error:
+        if not _is_echo(error):
+            hint = error.hint if isinstance(error, GoldcrestError) else None
+            message = error.message if isinstance(error, GoldcrestError) else _describe(error)
+            record = {"attempt": job["attempt"], "kind": type(error).__name__, "hint": hint}
+            _write_json(scratch / _FAILURE, record | {"message": message})
+        raise
+
+
+def _describe(error: Exception) -> str:
+    """An error of the objective: its type, its message and the place it was raised."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} in {place.name}() ({place.filename}:{place.lineno}): {error}"
+
+
+def _train(job: dict[str, Any], scratch: Path) -> None:
+    import ray.train
+    import ray.train.torch
+    import torch
+
+    from goldcrest.cluster.training_loop import Place, Trainer
+
+    config: TrainingConfig = job["config"]
+    torch.set_num_threads(max(1, int(config.cpus_per_worker)))
+    context = ray.train.get_context()
+    place = Place(
+        rank=context.get_world_rank(),
+        world=context.get_world_size(),
+        device=ray.train.torch.get_device(),
+    )
+    reporter = StatusReporter(scratch, job["attempt"])
+    Trainer(
+        job["objective"], config, place=place, scratch=scratch, seed=job["seed"], reporter=reporter
+    ).run()
+
+
+@contextmanager
+def _watched(scratch: Path, attempt: str, reporter: CallbackReporter) -> Iterator[None]:
+    """While inside, a thread passes worker 0's status on to `reporter`; at the end once more."""
+    ended = threading.Event()
+
+    def tell() -> None:
+        status = _read_json(scratch / _STATUS)
+        if status.get("attempt") == attempt:
+            reporter.epochs(status["rows"])
+            reporter.progress(status["done"], status["note"])
+
+    def watch() -> None:
+        while not ended.wait(_SECONDS_BETWEEN_STATUS):
+            tell()
+
+    thread = threading.Thread(target=watch, name="training-status", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        tell()
+
+
+def _note_missing_resources(config: TrainingConfig, reporter: CallbackReporter) -> None:
+    """Say what the workers wait for if the cluster is too small for them (it may still grow)."""
+    import ray
+
+    held = ray.cluster_resources()
+    wanted = {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker}
+    for name, each in wanted.items():
+        if config.workers * each > held.get(name, 0.0):
+            reporter.progress(
+                0.0,
+                f"waiting for {config.workers * each:g} {name} for {config.workers} workers; "
+                f"the cluster has {held.get(name, 0.0):g}",
+            )
+
+
+def fit(
+    objective: Objective,
+    config: TrainingConfig,
+    *,
+    scratch: Path,
+    seed: int,
+    reporter: CallbackReporter,
+) -> None:
+    """Run the group of workers to the end; the result is the last checkpoint in `scratch`."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    scratch.mkdir(parents=True, exist_ok=True)
+    attempt = uuid.uuid4().hex
+    gpu = config.gpus_per_worker > 0
+    resources = {"CPU": config.cpus_per_worker} | ({"GPU": config.gpus_per_worker} if gpu else {})
+    job = {"objective": objective, "config": config, "scratch": str(scratch.resolve())}
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config=job | {"seed": seed, "attempt": attempt},
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=config.workers, use_gpu=gpu, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name="ray-train",
+            storage_path=str(scratch.resolve()),
+            failure_config=FailureConfig(max_failures=config.max_failures),
+        ),
+    )
+    _note_missing_resources(config, reporter)
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    try:
+        with _watched(scratch, attempt, reporter):
+            trainer.fit()
+    except Exception as error:
+        _raise_recorded(scratch, attempt)
+        raise StepError(
+            f"training lost its workers more than {config.max_failures} times: {error}",
+            hint="repeat the command to continue from the last checkpoint, or raise max_failures",
+        ) from error
+    _raise_recorded(scratch, attempt)
+
+
+def _raise_recorded(scratch: Path, attempt: str) -> None:
+    """Raise the error that a worker wrote down in this attempt, if there is one."""
+    failure = _read_json(scratch / _FAILURE)
+    if failure.get("attempt") == attempt:
+        raise _KINDS.get(failure["kind"], StepError)(failure["message"], hint=failure["hint"])
