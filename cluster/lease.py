@@ -103,7 +103,7 @@ def hold(
 
 
 def _heartbeat(book: LeaseBook, lease: Lease, stop: threading.Event) -> None:
-    """Renew until told to stop or the lease is lost; an I/O error is tried again at the next beat."""
+    """Renew until told to stop or the lease is lost; an I/O error waits for the next beat."""
     while not stop.wait(lease.ttl / HEARTBEATS_PER_TTL):
         try:
             if not book.renew(lease):
@@ -143,7 +143,7 @@ class Silence:
 
 
 def polls() -> Iterator[float]:
-    """Waiting times between looks, growing, with jitter so that many waiters don't march in step."""
+    """Waiting times between looks: growing, with jitter so that waiters don't march in step."""
     pause = _POLL_FIRST
     while True:
         yield pause * random.uniform(0.5, 1.0)
@@ -265,7 +265,7 @@ class FileLeases:
     def _records(self, key: str) -> list[Path]:
         """All records of a key, oldest fence first."""
         try:
-            names = os.listdir(self.root / key)
+            names = [path.name for path in (self.root / key).iterdir()]
         except FileNotFoundError:
             return []
         return [self.root / key / name for name in sorted(names) if _RECORD.fullmatch(name)]

@@ -1,12 +1,12 @@
 """The artifact store: results under the hash of what made them, complete and verified or absent.
 
-    <root>/artifacts/<first 2 digits of the key>/<key>/   members and manifest.json (written last)
-    <root>/tmp/                                            unfinished work, one folder per attempt
-    <root>/leases/<key>/                                   who computes what (lease.py)
-    <root>/scratch/<key>/                                  checkpoints; survive a kill
-    <root>/runs/<run>/                                     run records: run.json, events, report
-    <root>/quarantine/                                     damaged artifacts, each with its reason
-    <root>/verified/<machine>/                             what needs no second hash (store_stamps.py)
+    <root>/artifacts/<2 digits>/<key>/   members and manifest.json, which is written last
+    <root>/tmp/                          unfinished work, one folder per attempt
+    <root>/leases/<key>/                 who computes what (lease.py)
+    <root>/scratch/<key>/                checkpoints; survive a kill
+    <root>/runs/<run>/                   run records: run.json, events, report
+    <root>/quarantine/                   damaged artifacts, each with its reason
+    <root>/verified/<machine>/           what was hashed already (store_stamps.py)
 
 `Store.open` gives a `LocalStore` (store_local.py) for a path and a `RemoteStore` (store_remote.py)
 for the URI of a bucket. How a step uses it:
@@ -34,15 +34,15 @@ from urllib.parse import unquote, urlsplit
 
 from goldcrest.cluster.artifact import Artifact
 from goldcrest.cluster.errors import InputError, StoreError
-from goldcrest.cluster.lease import FileLeases, Lease, LeaseBook, hold
+from goldcrest.cluster.lease import Lease, LeaseBook, hold
 from goldcrest.cluster.process_id import ProcessId
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 _RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _REMEDIES = {
-    errno.ENOSPC: "the disk is full: free space (`goldcrest artifacts gc`) or choose another --store",
-    errno.EDQUOT: "the disk quota is used up: free space or choose another --store",
+    errno.ENOSPC: "free space (`goldcrest artifacts gc` helps) or choose another --store",
+    errno.EDQUOT: "free space (`goldcrest artifacts gc` helps) or choose another --store",
     errno.EACCES: "check who owns the folder, or choose another --store",
     errno.EPERM: "check who owns the folder and that its file system has hard links",
     errno.EROFS: "the file system is read-only: choose another --store",
@@ -55,11 +55,12 @@ _REMEDIES = {
 
 def storage_error(error: OSError, path: Path | str) -> StoreError | None:
     """`error` as a sentence with path and remedy, None where trying again may help (I/O errors)."""
-    remedy = _REMEDIES.get(error.errno or 0)
+    number = error.errno or (errno.EACCES if isinstance(error, PermissionError) else 0)
+    remedy = _REMEDIES.get(number)
     if remedy is None:
         return None
     where = error.filename or path
-    reason = os.strerror(error.errno or 0)
+    reason = os.strerror(number)
     return StoreError(f"the store can't be used at {where}: {reason}", hint=remedy)
 
 
@@ -306,11 +307,6 @@ def remove_tree(folder: Path) -> None:
             shutil.rmtree(folder)
         except FileNotFoundError:
             continue
-
-
-def lease_folder(root: Path) -> FileLeases:
-    """The leases of the store at `root`."""
-    return FileLeases(root / "leases")
 
 
 def read_json(path: Path) -> Any:

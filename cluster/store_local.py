@@ -56,21 +56,28 @@ class LocalStore(Store):
         """See `Store.find`."""
         place = self.place(key)
         with storage_errors(place):
+            identity = _inode(place)
+            if identity is None:
+                return None
             try:
-                identity = place.stat().st_ino
-                text = (place / MANIFEST).read_bytes()
-            except NotADirectoryError:
-                return self._refuse(key, None, "a file lies in the artifact's place")
-            except FileNotFoundError:
-                return self._refuse(key, None, "it has no manifest") if _occupied(place) else None
-            try:
-                manifest = unseal(text, key)
-            except ValueError as error:
-                return self._refuse(key, identity, str(error))
-            fault = self.stamps.check(place, key, manifest["files"]) if verify else None
-            if fault is not None:
-                return self._refuse(key, identity, fault)
+                manifest = self._load(key, verify)
+            except ValueError as fault:
+                self._refuse(key, identity, str(fault))
+                return None
         return Artifact(place, manifest)
+
+    def _load(self, key: str, verify: bool) -> dict[str, Any]:
+        """The manifest of what lies in the place of `key`; a ValueError says what is wrong."""
+        place = self.place(key)
+        try:
+            text = (place / MANIFEST).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            raise ValueError("it has no manifest") from None
+        manifest = unseal(text, key)
+        fault = self.stamps.check(place, key, manifest["files"]) if verify else None
+        if fault is not None:
+            raise ValueError(fault)
+        return manifest
 
     def manifest(self, key: str) -> dict[str, Any] | None:
         """See `Store.manifest`."""
@@ -83,8 +90,7 @@ class LocalStore(Store):
 
     def commit(self, key: str, folder: Path, manifest: Mapping[str, Any], lease: Lease) -> Artifact:
         """See `Store.commit`."""
-        place = self.place(key)
-        if lease.key != key:
+        if lease.key != check_key(key):
             raise StoreError(f"the lease on {lease.key[:12]} is none on {key[:12]}")
         if folder.parent != self.root / "tmp":
             raise StoreError(f"{folder} is no unfinished work of the store {self.uri}")
@@ -98,7 +104,7 @@ class LocalStore(Store):
                 write_durably(folder / MANIFEST, seal(made))
                 sync_tree(folder)
                 self._check_lease(lease)
-                return self._publish(key, folder, place, made)
+                return self.publish(key, folder, made)
         finally:
             self.discard(folder)
 
@@ -106,8 +112,9 @@ class LocalStore(Store):
         if lease.lost or not self.leases.holds(lease):
             raise lost_lease(lease)
 
-    def _publish(self, key: str, folder: Path, place: Path, manifest: dict[str, Any]) -> Artifact:
-        """The commit point."""
+    def publish(self, key: str, folder: Path, manifest: dict[str, Any]) -> Artifact:
+        """The commit point: move a complete folder to the place of `key`, if that is free."""
+        place = self.place(key)
         place.parent.mkdir(parents=True, exist_ok=True)
         while True:
             try:
@@ -126,12 +133,12 @@ class LocalStore(Store):
 
     def entries(self) -> Iterator[dict[str, Any]]:
         """See `Store.entries`."""
-        for key in self.keys():
+        for key in self.all_keys():
             manifest = self.manifest(key)
             if manifest is not None:
                 yield manifest
 
-    def keys(self) -> list[str]:
+    def all_keys(self) -> list[str]:
         """The keys that have a folder in their place, in order."""
         places = (self.root / "artifacts").glob("[0-9a-f][0-9a-f]/*")
         return sorted(p.name for p in places if len(p.name) == 64 and p == self.place(p.name))
@@ -139,7 +146,7 @@ class LocalStore(Store):
     def verify(self, key: str | None = None) -> list[dict[str, str]]:
         """See `Store.verify`. What was hashed before is hashed again."""
         problems = []
-        for one in self.keys() if key is None else [check_key(key)]:
+        for one in self.all_keys() if key is None else [check_key(key)]:
             self.stamps.forget(one)
             manifest = self.manifest(one) or {}
             if not self.place(one).exists():
@@ -176,7 +183,7 @@ class LocalStore(Store):
                 self, keep, older_than=older_than, dry_run=dry_run, grace=grace
             )
 
-    def _refuse(self, key: str, identity: int | None, reason: str) -> None:
+    def _refuse(self, key: str, identity: int, reason: str) -> None:
         """Move a damaged artifact to the quarantine, the reason beside it.
 
         `identity` is the inode of what was judged: if another process has quarantined it already
@@ -198,15 +205,19 @@ class LocalStore(Store):
         except OSError:
             note.unlink(missing_ok=True)
             raise
-        if identity is not None and away.stat().st_ino != identity:
+        if away.stat().st_ino != identity:
             note.unlink(missing_ok=True)
             if not self.place(key).exists():
                 away.rename(self.place(key))
 
 
-def _occupied(place: Path) -> bool:
-    """Whether something lies in an artifact's place; an empty folder is nothing."""
+def _inode(place: Path) -> int | None:
+    """What tells this occupant of an artifact's place from the next; None if there is none.
+
+    An empty folder is no occupant: a rename replaces it.
+    """
     try:
-        return any(place.iterdir())
+        occupied = not place.is_dir() or any(place.iterdir())
+        return place.stat().st_ino if occupied else None
     except FileNotFoundError:
-        return False
+        return None

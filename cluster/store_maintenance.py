@@ -48,7 +48,7 @@ def collect(
         for what, path, reason in candidates:
             size = tree_bytes(path)
             if not dry_run:
-                _remove(store, path)
+                remove(store, path)
             rows.append({"what": what, "path": str(path), "bytes": size, "reason": reason})
     return rows
 
@@ -64,8 +64,8 @@ def tree_bytes(path: Path) -> int:
     return total
 
 
-def _remove(store: LocalStore, path: Path) -> None:
-    """Out of sight by a rename, then off the disk."""
+def remove(store: LocalStore, path: Path) -> None:
+    """Remove a file or folder of the store: out of sight by a rename, then off the disk."""
     if path.is_dir():
         me = ProcessId.current()
         name = f"trash.{me.machine}-{me.pid}-{me.started}.{secrets.token_hex(4)}"
@@ -95,12 +95,11 @@ def _unfinished_work(store: LocalStore, grace: float) -> Iterator[Candidate]:
     """Folders of `begin` whose writer is dead, and removals that were cut short."""
     for path in _list(store.root / "tmp"):
         facts = workplace_facts(path.name)
+        writer, current = _trash_owner(path.name), False
         if facts is not None:
             key, attempt, writer = facts
             held = store.leases.held(key)
             current = held is not None and attempt.endswith(held.nonce)
-        else:
-            writer, current = _trash_owner(path.name), False
         state = writer.state() if writer is not None else "unknown"
         if state == "dead":
             yield "unfinished work", path, "its writer is dead"
@@ -152,7 +151,7 @@ def _stamps(store: LocalStore, grace: float) -> Iterator[Candidate]:
 
 def _artifacts(store: LocalStore, keep: set[str], older_than: float) -> Iterator[Candidate]:
     """Committed artifacts that are not kept, old enough, and not being worked on."""
-    for key in store.keys():
+    for key in store.all_keys():
         place = store.place(key)
         if key not in keep and store.leases.held(key) is None and _age(place) >= older_than:
             yield "artifact", place, "it is not kept"

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -93,12 +94,8 @@ def _stamp(path: Path) -> list[int] | None:
 
     Opened, not just looked at: on NFS that asks the server instead of a cache.
     """
-    if path.is_symlink() or not path.is_file():
-        return None if path.exists() else _missing(path)
+    if not stat.S_ISREG(path.lstat().st_mode):
+        return None
     with path.open("rb") as stream:
         seen = os.fstat(stream.fileno())
     return [seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns]
-
-
-def _missing(path: Path) -> None:
-    raise FileNotFoundError(2, "missing", str(path))

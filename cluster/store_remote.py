@@ -1,0 +1,278 @@
+"""The store in a bucket, which has no rename: an artifact appears by one put of its manifest.
+
+    artifacts/<2 digits>/<key>/<attempt>/<member>   uploaded first, under this attempt
+    artifacts/<2 digits>/<key>/<attempt>.json       the sealed manifest: the commit point
+    leases/, quarantine/, runs/                      as in a folder
+
+An attempt is named `<fence>-<nonce>`; where several have a manifest, the largest fence counts. So a
+writer that lost its lease and puts its manifest late, after all checks, changes nothing: its fence
+is smaller. Readers download into a local store, this host's cache, and verify on the way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from goldcrest.cluster import store_maintenance
+from goldcrest.cluster.artifact import MANIFEST, Artifact, safe_member
+from goldcrest.cluster.errors import StoreError
+from goldcrest.cluster.lease import Lease, lost_lease
+from goldcrest.cluster.lease_remote import BucketLeases
+from goldcrest.cluster.store import Store, check_key, storage_errors, workplace_name
+from goldcrest.cluster.store_bucket import Bucket
+from goldcrest.cluster.store_local import LocalStore
+from goldcrest.cluster.store_manifest import complete, seal, unseal, write_durably
+
+_ATTEMPT = re.compile(r"\d{12}-[0-9a-f]{16}")
+_COMMIT = re.compile(r"[0-9a-f]{2}/([0-9a-f]{64})/(\d{12}-[0-9a-f]{16})\.json")
+
+
+class RemoteStore(Store):
+    """A store in a bucket, with a local store as cache and workplace."""
+
+    leases: BucketLeases
+
+    def __init__(self, uri: str, bucket: Bucket, cache: Path) -> None:
+        self.uri = uri
+        self.root = cache
+        self.bucket = bucket
+        self.cache = LocalStore(cache)
+        self.leases = BucketLeases(bucket, self._largest_fence)
+
+    @classmethod
+    def at(cls, uri: str) -> RemoteStore:
+        """The store at `uri`; its cache is below $GOLDCREST_CACHE, else ~/.cache/goldcrest."""
+        name = hashlib.sha256(uri.encode()).hexdigest()[:16]
+        with storage_errors(uri):
+            return cls(uri, Bucket.at(uri), _cache_root() / name)
+
+    def find(self, key: str, *, verify: bool = True) -> Artifact | None:
+        """See `Store.find`. Downloads what this host does not have."""
+        check_key(key)
+        with storage_errors(self.uri):
+            while (attempt := self._newest(key)) is not None:
+                try:
+                    manifest = self._read(key, attempt)
+                    if manifest is not None:
+                        return self._cached(key, manifest, verify) or self._fetch(key, manifest)
+                except ValueError as fault:
+                    self._refuse(key, attempt, str(fault))
+        return None
+
+    def manifest(self, key: str) -> dict[str, Any] | None:
+        """See `Store.manifest`."""
+        with storage_errors(self.uri):
+            attempt = self._newest(check_key(key))
+            try:
+                return self._read(key, attempt) if attempt is not None else None
+            except ValueError:
+                return None
+
+    def commit(self, key: str, folder: Path, manifest: Mapping[str, Any], lease: Lease) -> Artifact:
+        """See `Store.commit`."""
+        if lease.key != check_key(key):
+            raise StoreError(f"the lease on {lease.key[:12]} is none on {key[:12]}")
+        if folder.parent != self.root / "tmp":
+            raise StoreError(f"{folder} is no unfinished work of the store {self.uri}")
+        try:
+            with storage_errors(self.uri):
+                self._check_lease(lease)
+                there = self.find(key)
+                if there is not None:
+                    return there
+                made = complete(key, folder, manifest, lease)
+                sealed = seal(made)
+                for name in made["files"]:
+                    self.bucket.upload(folder / name, f"{_place(key)}/{lease.attempt}/{name}")
+                self._check_lease(lease)
+                self.bucket.put(f"{_place(key)}/{lease.attempt}.json", sealed)
+                write_durably(folder / MANIFEST, sealed)
+                if self._newest(key) == lease.attempt:
+                    return self._install(key, folder, made)
+            found = self.find(key)
+            if found is None:
+                raise StoreError(f"the artifact {key[:12]} was removed while it was committed")
+            return found
+        finally:
+            self.discard(folder)
+
+    def entries(self) -> Iterator[dict[str, Any]]:
+        """See `Store.entries`."""
+        for key in self.committed():
+            manifest = self.manifest(key)
+            if manifest is not None:
+                yield manifest
+
+    def verify(self, key: str | None = None) -> list[dict[str, str]]:
+        """See `Store.verify`. Reads every byte from the bucket, past the cache."""
+        problems = []
+        for one in sorted(self.committed()) if key is None else [check_key(key)]:
+            attempt = self._newest(one)
+            if attempt is None:
+                problems.append({"key": one, "step": "", "reason": "there is no such artifact"})
+                continue
+            step = ""
+            try:
+                manifest = self._read(one, attempt) or {"files": {}}
+                step = str(manifest.get("step", ""))
+                for name, facts in manifest["files"].items():
+                    self._download(f"{_place(one)}/{attempt}/{name}", facts, None)
+            except ValueError as fault:
+                self._refuse(one, attempt, str(fault))
+                problems.append({"key": one, "step": step, "reason": str(fault)})
+        return problems
+
+    def quarantined(self) -> list[dict[str, Any]]:
+        """See `Store.quarantined`. `note` is the object that holds the row."""
+        rows = []
+        for name in self.bucket.names("quarantine"):
+            text = self.bucket.get(f"quarantine/{name}")
+            try:
+                row = json.loads(text or b"null")
+            except ValueError:
+                continue
+            if isinstance(row, dict):
+                rows.append({**row, "note": f"quarantine/{name}"})
+        return sorted(rows, key=lambda row: str(row.get("found")))
+
+    def run_folder(self, run_id: str) -> Path:
+        """See `Store.run_folder`. The record of a run of another host is fetched first."""
+        known = (self.root / "runs" / run_id).exists()
+        folder = super().run_folder(run_id)
+        if not known:
+            with storage_errors(folder):
+                for name in self.bucket.names(f"runs/{run_id}", recursive=True):
+                    target = folder / safe_member(name)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(self.bucket.get(f"runs/{run_id}/{name}") or b"")
+        return folder
+
+    def publish_run(self, run_id: str) -> None:
+        """See `Store.publish_run`."""
+        folder = self.run_folder(run_id)
+        with storage_errors(self.uri):
+            for path in sorted(folder.rglob("*")):
+                if path.is_file():
+                    name = path.relative_to(folder).as_posix()
+                    self.bucket.put(f"runs/{run_id}/{name}", path.read_bytes())
+
+    def gc(
+        self,
+        keep: set[str] | None = None,
+        *,
+        older_than: float = 0.0,
+        dry_run: bool = False,
+        grace: float = 24 * 3600.0,
+    ) -> list[dict[str, Any]]:
+        """See `Store.gc`. Ages are measured by the bucket's own clock."""
+        from goldcrest.cluster.store_remote_maintenance import collect
+
+        with storage_errors(self.uri):
+            rows = self.cache.gc(dry_run=dry_run, grace=grace)
+            return rows + collect(self, keep, older_than=older_than, dry_run=dry_run, grace=grace)
+
+    def _check_lease(self, lease: Lease) -> None:
+        if lease.lost or not self.leases.holds(lease):
+            raise lost_lease(lease)
+
+    def committed(self) -> dict[str, str]:
+        """Every committed key with its newest attempt, by one listing."""
+        found = (_COMMIT.fullmatch(n) for n in self.bucket.names("artifacts", recursive=True))
+        return {match[1]: match[2] for match in found if match is not None}
+
+    def _newest(self, key: str) -> str | None:
+        """The committed attempt with the largest fence."""
+        names = (name.removesuffix(".json") for name in self.bucket.names(_place(key)))
+        return max((name for name in names if _ATTEMPT.fullmatch(name)), default=None)
+
+    def _largest_fence(self, key: str) -> int:
+        """The largest fence among all attempts on `key`, committed or not."""
+        names = self.bucket.names(_place(key), recursive=True)
+        return max((int(name[:12]) for name in names if _ATTEMPT.match(name)), default=0)
+
+    def _read(self, key: str, attempt: str) -> dict[str, Any] | None:
+        """The manifest of an attempt, None if it has gone; a ValueError says what is wrong."""
+        text = self.bucket.get(f"{_place(key)}/{attempt}.json")
+        return unseal(text, key) if text is not None else None
+
+    def _cached(self, key: str, manifest: Mapping[str, Any], verify: bool) -> Artifact | None:
+        """This host's copy, if it is of the same attempt; another one is removed."""
+        artifact = self.cache.find(key, verify=verify)
+        if artifact is not None and artifact.manifest != manifest:
+            store_maintenance.remove(self.cache, artifact.path)
+            return None
+        return artifact
+
+    def _fetch(self, key: str, manifest: dict[str, Any]) -> Artifact:
+        """Download an artifact into the cache; a ValueError says what is wrong with it."""
+        nonce = secrets.token_hex(8)
+        lease = Lease(key=key, owner="download", fence=0, nonce=nonce, ttl=0.0)
+        folder = self.root / "tmp" / workplace_name(key, lease)
+        folder.mkdir(parents=True)
+        try:
+            for name, facts in manifest["files"].items():
+                target = folder / safe_member(name)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                self._download(f"{_place(key)}/{manifest['attempt']}/{name}", facts, target)
+            write_durably(folder / MANIFEST, seal(manifest))
+            return self._install(key, folder, manifest)
+        finally:
+            self.discard(folder)
+
+    def _install(self, key: str, folder: Path, manifest: dict[str, Any]) -> Artifact:
+        """Make a complete folder this host's copy."""
+        while True:
+            made = self.cache.publish(key, folder, manifest)
+            if made.manifest == manifest:
+                return made
+            store_maintenance.remove(self.cache, made.path)
+
+    def _download(self, name: str, facts: Mapping[str, Any], target: Path | None) -> None:
+        """Read an object, twice if need be, until its size and checksum are right."""
+        for _ in range(2):
+            digest, size = hashlib.sha256(), 0
+            with Path(os.devnull if target is None else target).open("wb") as stream:
+                try:
+                    for block in self.bucket.blocks(name):
+                        digest.update(block)
+                        size += len(block)
+                        stream.write(block)
+                except FileNotFoundError:
+                    raise ValueError(f"{name}: missing") from None
+            if size == facts["bytes"] and digest.hexdigest() == facts["sha256"]:
+                return
+        raise ValueError(f"{name}: its size or checksum differs")
+
+    def _refuse(self, key: str, attempt: str, reason: str) -> None:
+        """Take a damaged attempt out of service: note the reason, then remove its manifest."""
+        found = datetime.now(UTC)
+        name = f"{key}.{found:%Y%m%dT%H%M%S%f}.{secrets.token_hex(4)}.json"
+        row = {
+            "key": key,
+            "attempt": attempt,
+            "reason": reason,
+            "found": found.isoformat(timespec="milliseconds"),
+            "path": f"{_place(key)}/{attempt}",
+        }
+        self.bucket.put(f"quarantine/{name}", json.dumps(row, sort_keys=True).encode())
+        self.bucket.delete(f"{_place(key)}/{attempt}.json")
+
+
+def _place(key: str) -> str:
+    return f"artifacts/{key[:2]}/{key}"
+
+
+def _cache_root() -> Path:
+    own = os.environ.get("GOLDCREST_CACHE")
+    if own:
+        return Path(own).absolute()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "goldcrest"
