@@ -1,0 +1,90 @@
+"""What happened to a step that failed, in words: crash, exit, timeout, memory, exception."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from goldcrest.cluster.errors import GoldcrestError
+from goldcrest.cluster.events import Failure
+from goldcrest.cluster.run_record import last_lines
+from goldcrest.cluster.runtime import first_line
+
+_FATAL = re.compile(r"Fatal Python error: (.+)|\*\*\* (SIG\w+) received")
+_LOG_LINES = 20
+
+
+def in_words(seconds: float) -> str:
+    """A timeout as people say it."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= size and seconds % size == 0:
+            return f"{seconds / size:g} {unit}"
+    return f"{seconds:g} s"
+
+
+def describe_failure(
+    step: str,
+    error: BaseException,
+    *,
+    log: Path,
+    exit_status: int | None,
+    timed_out: float | None,
+) -> Failure:
+    """The failure behind what `ray.get` raised for a step.
+
+    `exit_status` is what the step passed to `os._exit`, if it did; `timed_out` its timeout in
+    seconds, if it was stopped for that.
+    """
+    lines = last_lines(log, _LOG_LINES)
+    if timed_out is not None:
+        message = f"the step ran longer than its timeout of {in_words(timed_out)} and was stopped"
+        return Failure(step=step, message=message, hint="raise timeout= of the task", log=lines)
+    message, hint = _message(error, lines, exit_status)
+    return Failure(step=step, message=message, hint=hint, log=lines)
+
+
+def _message(
+    error: BaseException, lines: Sequence[str], exit_status: int | None
+) -> tuple[str, str | None]:
+    import ray.exceptions as failures
+
+    cause = error
+    while isinstance(cause, failures.RayTaskError) and getattr(cause, "cause", None) is not None:
+        cause = cause.cause
+    if isinstance(cause, GoldcrestError):
+        return cause.message, cause.hint
+    if isinstance(cause, failures.OutOfMemoryError):
+        return (
+            "the step ran out of memory: its process was stopped because its node had hardly any "
+            "memory left",
+            "use smaller batches or fewer workers, or a node with more memory",
+        )
+    if isinstance(cause, failures.WorkerCrashedError | failures.LocalRayletDiedError):
+        return _crash(lines, exit_status)
+    if isinstance(cause, failures.TaskCancelledError):
+        return "the step was cancelled", None
+    if isinstance(cause, failures.NodeDiedError | failures.ObjectLostError):
+        return "the node that ran the step was lost again and again", "look at that node"
+    if isinstance(cause, failures.RayError):
+        return f"Ray could not run the step: {first_line(cause)}", None
+    text = first_line(cause)
+    kind = type(cause).__name__.removeprefix("RayTaskError(").removesuffix(")")
+    return (f"{kind}: {text}" if text != kind else kind), None
+
+
+def _crash(lines: Sequence[str], exit_status: int | None) -> tuple[str, str | None]:
+    """A process that ended without an exception."""
+    if exit_status is not None:
+        return f"the step ended its process with os._exit({exit_status})", "raise an error instead"
+    fatal = next(filter(None, (_FATAL.search(line) for line in reversed(lines))), None)
+    if fatal is not None:
+        what = (fatal[1] or fatal[2]).strip()
+        return (
+            f"the step's process crashed in native code: {what}",
+            "the stack in its log shows where",
+        )
+    return (
+        "the step's process was killed from outside (signal 9), each time that it was tried",
+        "most often the system had no memory left: use smaller batches, or a larger node",
+    )

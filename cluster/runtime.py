@@ -1,0 +1,437 @@
+"""Where a step's own fan-out runs: in this process (`LocalRuntime`) or on Ray (`RayRuntime`).
+
+Both give the same results in the same order. A transform sees the same tables under both: batches
+of at most `batch_rows` rows that never cross the border of a shard.
+
+On Ray, a step that fans out should hold no CPU itself (`@task(cpus=0)`): what it hands out holds
+its own. `RayRuntime` refuses, in words, what could never be placed beside what the step holds.
+"""
+
+from __future__ import annotations
+
+import collections
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import itertools
+import math
+import os
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from goldcrest.cluster.api import Objective, Trained
+from goldcrest.cluster.artifact import Output
+from goldcrest.cluster.errors import GoldcrestError, StepError
+from goldcrest.cluster.training_config import TrainingConfig
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import ray.data
+
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+_TASK_RETRIES = 3  # after a lost worker; an exception of the function is final
+_ACTOR_RESTARTS = 3
+
+
+class LocalRuntime:
+    """Everything here, one after the other: the plain twin of `RayRuntime`, for tests."""
+
+    def map(
+        self,
+        function: Callable[..., Any],
+        items: Iterable[Any],
+        *,
+        cpus: float = 1.0,
+        gpus: float = 0.0,
+        note: str = "",
+    ) -> Iterator[Any]:
+        """`function(item)` for every item, in order."""
+        yield from map(function, items)
+
+    def stream(
+        self,
+        shards: Sequence[Path],
+        transform: Callable[..., Callable[[pa.Table], pa.Table]],
+        arguments: Mapping[str, Any],
+        *,
+        cpus: float = 1.0,
+        gpus: float = 0.0,
+        workers: int = 2,
+        batch_rows: int = 32,
+    ) -> Iterator[pa.Table]:
+        """`transform(**arguments)` built once and applied to every batch, in order."""
+        apply = transform(**arguments)
+        for piece in cut(shards, 1, batch_rows):
+            for table in piece.batches():
+                yield apply(table)
+
+    def train(self, objective: Objective, config: TrainingConfig, out: Output) -> Trained:
+        """The training engine in this process, as one worker."""
+        from goldcrest.cluster.training import train_local
+
+        return train_local(
+            objective,
+            config,
+            scratch=out.scratch,
+            seed=out.seed,
+            on_log=lambda row: out.log(**row),
+            on_progress=out.progress,
+        )
+
+
+class RayRuntime:
+    """Fan-out on the Ray cluster that this process belongs to.
+
+    `held_cpus` are the CPU cores that the step itself holds while it waits for its fan-out.
+    """
+
+    def __init__(self, *, held_cpus: float = 0.0) -> None:
+        self._held_cpus = held_cpus
+
+    def map(
+        self,
+        function: Callable[..., Any],
+        items: Iterable[Any],
+        *,
+        cpus: float = 1.0,
+        gpus: float = 0.0,
+        note: str = "",
+    ) -> Iterator[Any]:
+        """`function(item)` as Ray tasks, results in order, a bounded number in flight.
+
+        A lost worker's item is repeated elsewhere; an exception of the function is raised here.
+        """
+        import ray
+
+        self._check_room(cpus, gpus, "map")
+        call = ray.remote(_call).options(
+            name=note or getattr(function, "__name__", "map"),
+            num_cpus=cpus,
+            num_gpus=gpus,
+            max_retries=_TASK_RETRIES,
+        )
+        shared = ray.put(function)
+        waiting: collections.deque[Any] = collections.deque()
+        limit = _in_flight(cpus, gpus)
+        remaining = iter(items)
+        try:
+            for item in itertools.islice(remaining, limit):
+                waiting.append(call.remote(shared, item, cpus))
+            while waiting:
+                result = _get(waiting.popleft(), note)
+                waiting.extend(call.remote(shared, i, cpus) for i in itertools.islice(remaining, 1))
+                yield result
+        finally:
+            for reference in waiting:  # the caller stopped early, or an item failed
+                ray.cancel(reference)
+
+    def stream(
+        self,
+        shards: Sequence[Path],
+        transform: Callable[..., Callable[[pa.Table], pa.Table]],
+        arguments: Mapping[str, Any],
+        *,
+        cpus: float = 1.0,
+        gpus: float = 0.0,
+        workers: int = 2,
+        batch_rows: int = 32,
+    ) -> Iterator[pa.Table]:
+        """Shards through a pool of Ray Data actors; see `Runtime.stream`.
+
+        The actors read the shards themselves, so no read tasks compete with them for CPU cores, and
+        return each batch as Arrow IPC bytes, so its rows and schema arrive as the transform made
+        them.
+        """
+        import pyarrow as pa
+
+        self._check_room(cpus, gpus, "stream")
+        pieces = cut(shards, workers, batch_rows)
+        if not pieces:
+            return
+        dataset = _pipeline(
+            pieces,
+            {"transform": transform, "arguments": dict(arguments), "cpus": cpus},
+            cpus=cpus,
+            gpus=gpus,
+            workers=min(workers, len(pieces)),
+        )
+        try:
+            for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+                for batch in block.column("batch"):
+                    yield pa.ipc.open_stream(batch.as_buffer()).read_all()
+        except Exception as error:
+            raise _own_error(error, "stream") from error
+
+    def train(self, objective: Objective, config: TrainingConfig, out: Output) -> Trained:
+        """The training engine on Ray Train workers."""
+        from goldcrest.cluster.training import train_on_ray
+
+        self._check_room(config.cpus_per_worker, config.gpus_per_worker, "train")
+        return train_on_ray(
+            objective,
+            config,
+            scratch=out.scratch,
+            seed=out.seed,
+            on_log=lambda row: out.log(**row),
+            on_progress=out.progress,
+        )
+
+    def _check_room(self, cpus: float, gpus: float, what: str) -> None:
+        """Refuse work that would wait for ever: Ray itself would only wait."""
+        import ray
+
+        total = ray.cluster_resources()
+        free = total.get("CPU", 0.0) - self._held_cpus
+        if cpus > free:
+            raise StepError(
+                f"{what} asks for {cpus:g} CPU cores per worker, but beside the "
+                f"{self._held_cpus:g} that its step holds the cluster has {free:g}",
+                hint="declare cpus=0 for a step that only hands work out",
+            )
+        if gpus > total.get("GPU", 0.0):
+            raise StepError(
+                f"{what} asks for {gpus:g} GPUs per worker; the cluster has "
+                f"{total.get('GPU', 0.0):g}",
+                hint="set the config's number of GPUs to 0, or use a cluster with GPUs",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Rows [first, first + rows) of a Parquet shard, cut into batches of at most `batch_rows`."""
+
+    shard: Path
+    first: int
+    rows: int
+    batch_rows: int
+
+    def batches(self) -> Iterator[pa.Table]:
+        """The piece's batches in order, decoded one after the other."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        start, stop = self.first, self.first + self.rows
+        with pq.ParquetFile(self.shard) as file:
+            groups, offset = _row_groups(file.metadata, start, stop)
+            pending: list[pa.RecordBatch] = []
+            count = 0
+            # A decoded batch may be shorter than asked for where row groups meet: join them again.
+            for batch in file.iter_batches(self.batch_rows, row_groups=groups):
+                skipped = min(max(0, start - offset), batch.num_rows)
+                inside = batch.slice(skipped, max(0, stop - max(start, offset)))
+                offset += batch.num_rows
+                while inside.num_rows:
+                    taken = inside.slice(0, self.batch_rows - count)
+                    inside = inside.slice(taken.num_rows)
+                    pending.append(taken)
+                    count += taken.num_rows
+                    if count == self.batch_rows:
+                        yield pa.Table.from_batches(pending)
+                        pending, count = [], 0
+            if pending:
+                yield pa.Table.from_batches(pending)
+
+
+def _row_groups(metadata: Any, start: int, stop: int) -> tuple[list[int], int]:
+    """The row groups that hold rows [start, stop), and the row where the first of them begins."""
+    groups, offset, row = [], 0, 0
+    for group in range(metadata.num_row_groups):
+        rows = metadata.row_group(group).num_rows
+        if row < stop and row + rows > start:
+            if not groups:
+                offset = row
+            groups.append(group)
+        row += rows
+    return groups, offset
+
+
+def cut(shards: Sequence[Path], workers: int, batch_rows: int) -> list[Piece]:
+    """The shards as pieces for `workers`: a shard is divided only where shards are too few.
+
+    Borders lie on multiples of `batch_rows`, so the batches are the same for any `workers`.
+    """
+    import pyarrow.parquet as pq
+
+    if batch_rows < 1 or workers < 1:
+        raise ValueError("stream needs batch_rows and workers of at least 1")
+    parts = math.ceil(workers / len(shards)) if shards else 1
+    pieces = []
+    for shard in shards:
+        total = pq.read_metadata(shard).num_rows
+        step = max(1, math.ceil(math.ceil(total / batch_rows) / parts)) * batch_rows
+        for first in range(0, total, step):
+            rows = min(step, total - first)
+            pieces.append(Piece(shard=Path(shard), first=first, rows=rows, batch_rows=batch_rows))
+    return pieces
+
+
+def _pipeline(
+    pieces: Sequence[Piece],
+    constructor: Mapping[str, Any],
+    *,
+    cpus: float,
+    gpus: float,
+    workers: int,
+) -> ray.data.Dataset:
+    """A Ray Data pipeline: one row per piece in, one row per batch out."""
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    rows = [{"piece": index} for index in range(len(pieces))]
+    return ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        _StreamWorker,
+        fn_constructor_kwargs={"pieces": list(pieces), **constructor},
+        batch_size=1,
+        batch_format="pyarrow",
+        num_cpus=cpus,
+        num_gpus=gpus or None,
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers),
+        max_restarts=_ACTOR_RESTARTS,
+        max_task_retries=_ACTOR_RESTARTS,
+    )
+
+
+class _StreamWorker:
+    """One long-lived actor of `RayRuntime.stream`."""
+
+    def __init__(
+        self,
+        pieces: Sequence[Piece],
+        transform: Callable[..., Callable[[pa.Table], pa.Table]],
+        arguments: Mapping[str, Any],
+        cpus: float,
+    ) -> None:
+        limit_threads(cpus)
+        self._pieces = pieces
+        self._apply = transform(**arguments)
+
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        import pyarrow as pa
+
+        for index in batch.column("piece").to_pylist():
+            for table in self._pieces[index].batches():
+                made = self._apply(table)
+                sink = pa.BufferOutputStream()
+                with pa.ipc.new_stream(sink, made.schema) as writer:
+                    writer.write_table(made)
+                content = pa.array([sink.getvalue().to_pybytes()], pa.large_binary())
+                yield pa.table({"batch": content})
+
+
+def _call(function: Callable[..., Any], item: Any, cpus: float) -> Any:
+    limit_threads(cpus)
+    return function(item)
+
+
+def _in_flight(cpus: float, gpus: float) -> int:
+    """Twice as many calls as can run at once: workers never wait for the driver."""
+    import ray
+
+    total = ray.cluster_resources()
+    slots = [total.get("CPU", 1.0) / cpus] if cpus else [total.get("CPU", 1.0)]
+    if gpus:
+        slots.append(total.get("GPU", 0.0) / gpus)
+    return max(2, math.ceil(2 * min(slots)))
+
+
+def _get(reference: Any, note: str) -> Any:
+    import ray
+
+    try:
+        return ray.get(reference)
+    except Exception as error:
+        raise _own_error(error, note or "map") from error
+
+
+def _own_error(error: Exception, what: str) -> Exception:
+    """The exception that the function itself raised, out of Ray's wrapping."""
+    import ray.exceptions as failures
+
+    cause: BaseException | None = error
+    while isinstance(cause, failures.RayTaskError) or (
+        isinstance(cause, failures.RayError) and cause.__cause__ is not None
+    ):
+        inner = getattr(cause, "cause", None) or cause.__cause__
+        if inner is None or inner is cause:
+            break
+        cause = inner
+    if isinstance(cause, GoldcrestError):
+        return cause
+    if isinstance(cause, failures.RayError):
+        return StepError(f"a worker of {what} was lost again and again: {first_line(cause)}")
+    return cause if isinstance(cause, Exception) else error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def limit_threads(cpus: float) -> None:
+    """Let native libraries of this process use as many threads as the work declared CPU cores."""
+    import threadpoolctl
+
+    count = max(1, int(cpus))
+    for variable in _THREAD_VARIABLES:
+        os.environ[variable] = str(count)
+    threadpoolctl.threadpool_limits(count)
+    _with_torch("threads", lambda torch: torch.set_num_threads(count))
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators of Python, NumPy and torch.
+
+    Tasks should use `out.seed` with generators of their own; this is for libraries that don't. A
+    worker's process is used again, so even a step that needs no seed must not depend on its past.
+    """
+    import numpy as np
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    _with_torch("seed", lambda torch: torch.manual_seed(seed))
+
+
+class _AfterTorch(importlib.abc.MetaPathFinder):
+    """Runs actions right after torch is imported, so that nobody imports it only to set it up."""
+
+    def __init__(self) -> None:
+        self.actions: dict[str, Callable[[Any], Any]] = {}
+
+    def find_spec(
+        self, fullname: str, path: Any, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """Find torch with a loader that runs the actions; nothing else."""
+        if fullname != "torch":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec("torch")
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_act(module: ModuleType) -> None:
+                execute(module)
+                for action in self.actions.values():
+                    action(module)
+
+            spec.loader.exec_module = execute_and_act  # type: ignore[method-assign]
+        return spec
+
+
+_after_torch = _AfterTorch()
+
+
+def _with_torch(what: str, action: Callable[[Any], Any]) -> None:
+    """Run `action(torch)` now, or once torch is imported; the last action for `what` counts."""
+    if "torch" in sys.modules:
+        action(sys.modules["torch"])
+        return
+    _after_torch.actions[what] = action
+    if _after_torch not in sys.meta_path:
+        sys.meta_path.insert(0, _after_torch)

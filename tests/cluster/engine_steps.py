@@ -1,0 +1,187 @@
+"""Small tasks and pipelines for the tests of the engine; importable by Ray's workers."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import pyarrow as pa
+from pydantic import Field
+
+from goldcrest.cluster.api import (
+    Artifact,
+    Config,
+    DoesNotChangeResult,
+    InputError,
+    InputFiles,
+    Output,
+    task,
+)
+
+
+class NumberConfig(Config):
+    """A number, and how long to think about it."""
+
+    value: int = 1
+    seconds: Annotated[float, DoesNotChangeResult] = 0.0
+    note: Annotated[str, DoesNotChangeResult] = ""
+
+
+class FilesConfig(Config):
+    """Files outside the store."""
+
+    corpus: Annotated[str | None, InputFiles] = None
+    several: Annotated[tuple[str, ...], InputFiles] = ()
+
+
+class TroubleConfig(Config):
+    """How a step misbehaves; `marker` is a folder that remembers earlier attempts."""
+
+    kind: str = "none"
+    marker: Annotated[str, DoesNotChangeResult] = ""
+    salt: int = 0
+
+
+@task(cpus=0.5)
+def number(cfg: NumberConfig, out: Output) -> None:
+    """Write a number down."""
+    time.sleep(cfg.seconds)
+    out.json("number", cfg.value)
+    out.metrics(numbers={"last": cfg.value})
+
+
+@task(cpus=0.5)
+def add(cfg: NumberConfig, left: Artifact, right: Artifact | None = None, *, out: Output) -> None:
+    """Add the numbers of the inputs to the own one."""
+    out.log(epoch=0.0, loss=1.0)
+    out.progress(0.5, "half way")
+    time.sleep(cfg.seconds)
+    total = cfg.value + sum(a.json("number") for a in (left, right) if a is not None)
+    out.log(epoch=1.0, loss=0.5)
+    out.progress(1.0, "done")
+    out.json("number", total)
+    out.metrics(numbers={"total": total}, quarantined=1)
+    out.measure(speed={"per_second": 3.0})
+
+
+@task(cpus=0.5)
+def read_files(cfg: FilesConfig, out: Output) -> None:
+    """Count the bytes of the corpus."""
+    files = sorted(p for p in Path(cfg.corpus or ".").rglob("*") if p.is_file())
+    out.json("number", sum(p.stat().st_size for p in files))
+
+
+@task(cpus=0.5)
+def bundle(cfg: NumberConfig, source: Artifact, out: Output) -> None:
+    """A model bundle by name."""
+    out.json("bundle", {"name": "dense", "number": source.json("number")})
+
+
+@task(cpus=0.5, retries=0, timeout="1.5s", retry_on=(ConnectionError,))
+def trouble(cfg: TroubleConfig, source: Artifact | None = None, *, out: Output) -> None:
+    """Fail in the way that the config names."""
+    print(f"about to: {cfg.kind}")
+    _misbehave(cfg)
+    out.json("number", 0)
+
+
+@task(cpus=0.5, retries=2, retry_on=(ConnectionError,))
+def flaky(cfg: TroubleConfig, out: Output) -> None:
+    """Fail at the first attempt, succeed at the second."""
+    attempts = Path(cfg.marker)
+    attempts.mkdir(parents=True, exist_ok=True)
+    count = len(list(attempts.iterdir()))
+    (attempts / f"{count}-{os.getpid()}").touch()
+    if count == 0:
+        _misbehave(cfg)
+    out.json("number", 7)
+
+
+def _misbehave(cfg: TroubleConfig) -> None:
+    if cfg.kind == "raise":
+        raise ValueError("fewer utterances than clusters")
+    if cfg.kind == "input":
+        raise InputError("the corpus is empty", hint="give another --corpus")
+    if cfg.kind == "connection":
+        raise ConnectionError("the line is dead")
+    if cfg.kind == "unpicklable":
+        raise _Unpicklable(lambda: 1)
+    if cfg.kind == "exit":
+        os._exit(3)
+    if cfg.kind == "sysexit":
+        raise SystemExit(4)
+    if cfg.kind == "segfault":
+        ctypes.string_at(0)
+    if cfg.kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if cfg.kind == "memory":
+        raise MemoryError("no room for 1 TiB")
+    if cfg.kind == "sleep":
+        time.sleep(60)
+    if cfg.kind == "full":
+        raise OSError(28, "No space left on device", "/somewhere")
+
+
+class _Unpicklable(Exception):
+    def __init__(self, content: Any) -> None:
+        super().__init__("this error cannot travel")
+        self.content = content
+
+    def __reduce__(self) -> Any:
+        raise TypeError("no")
+
+
+class ChainConfig(Config):
+    """A chain of `length` additions after one number."""
+
+    length: int = Field(7, ge=0)
+    first: NumberConfig = NumberConfig()
+    rest: NumberConfig = NumberConfig(value=1)
+
+
+class Chain:
+    """A pipeline object: number -> add -> add -> ..."""
+
+    Config = ChainConfig
+
+    @staticmethod
+    def build(cfg: ChainConfig) -> Any:
+        """One number and `length` additions."""
+        node = number.bind(cfg.first)
+        for index in range(cfg.length):
+            node = add.bind(cfg.rest, node, name=f"add{index}")
+        return node
+
+
+def square(item: int) -> int:
+    """For Runtime.map."""
+    return item * item
+
+
+def crash_on_three(item: int) -> int:
+    """For Runtime.map: one bad item."""
+    if item == 3:
+        raise ValueError("three is bad")
+    return item
+
+
+class Doubler:
+    """For Runtime.stream: doubles column `x`."""
+
+    def __init__(self, factor: int) -> None:
+        self.factor = factor
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """(x) -> (x * factor, rows of the batch)."""
+        values = [value.as_py() * self.factor for value in table.column("x")]
+        return pa.table({"x": values, "rows": [table.num_rows] * table.num_rows})
+
+
+def rows_of(tables: Iterator[pa.Table]) -> list[tuple[int, int]]:
+    """All rows of the tables as pairs."""
+    return [(r["x"], r["rows"]) for table in tables for r in table.to_pylist()]
