@@ -68,7 +68,8 @@ def _average(means: np.ndarray, sizes: np.ndarray, tip: int) -> np.ndarray:
 
 def _ward(means: np.ndarray, sizes: np.ndarray, tip: int) -> np.ndarray:
     """Ward distance (n,) of cluster `tip` to all; between single vectors the Euclidean distance."""
-    gaps = np.square(means - means[tip]).sum(axis=1)
+    squares = np.einsum("nd,nd->n", means, means)
+    gaps = np.maximum(squares + squares[tip] - 2.0 * (means @ means[tip]), 0.0)
     return np.sqrt(2.0 * sizes * sizes[tip] / (sizes + sizes[tip]) * gaps)
 
 

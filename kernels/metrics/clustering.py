@@ -88,7 +88,8 @@ def expected_mutual_information(table: Contingency) -> float:
         log_p = gammaln(a + 1) + gammaln(b + 1) + gammaln(n - a + 1) + gammaln(n - b + 1)
         log_p = log_p - gammaln(n + 1) - gammaln(w + 1) - gammaln(a - w + 1)
         log_p = log_p - gammaln(rest + 1) - gammaln(outside + 1)
-        terms = np.where(possible, w / n * np.log(n * w / (a * b)) * np.exp(log_p), 0.0)
+        p = np.exp(np.where(possible, log_p, -np.inf))
+        terms = w / n * np.log(n * w / (a * b)) * p
         result += float(times * (terms.sum(axis=0) * b_times).sum())
     return result
 
