@@ -1,0 +1,54 @@
+"""Feature distillation without normalisation: the baseline that SquareHead improves on.
+
+Source: A. Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, equation (2), with the
+mean over entries:  L = sum over blocks of MSE(f_t^l, f_s^l).  Blocks of large features dominate.
+
+B batch   T tokens or frames   D features   (B, T, D) throughout
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Settings of plain feature distillation."""
+
+    weight: float = 1.0  # of the term in the whole loss
+
+    def __post_init__(self) -> None:
+        if self.weight < 0:
+            raise ValueError(f"weight must be at least 0, not {self.weight}")
+
+
+def loss(
+    teacher: Sequence[Tensor],
+    student: Sequence[Tensor],
+    mask: Tensor | None,
+    settings: Settings,
+) -> Tensor:
+    """weight * sum over blocks of the mean square difference over real tokens, a scalar.
+
+    `mask` is (B, T), non-zero on real tokens, or None. Gradients flow to the student only.
+    Raises ValueError for unequal numbers of blocks or shapes.
+    """
+    if len(teacher) != len(student) or not teacher:
+        raise ValueError(
+            f"{len(teacher)} teacher blocks against {len(student)} of the student; they pair up"
+        )
+    total = student[0].new_zeros((), dtype=torch.float32)
+    for t, s in zip(teacher, student, strict=True):
+        if t.shape != s.shape:
+            raise ValueError(f"teacher features are {tuple(t.shape)}, student's {tuple(s.shape)}")
+        difference = (t.detach().float() - s.float()).square()
+        if mask is not None:
+            real = (mask != 0)[:, :, None]
+            total = total + torch.where(real, difference, 0.0).sum() / (real.sum() * t.shape[2])
+        else:
+            total = total + difference.mean()
+    return settings.weight * total
