@@ -122,6 +122,12 @@ def baum_welch(utterances: Sequence[Tensor], ubm: Ubm, settings: StatisticsSetti
         ValueError: an utterance has other dimensions than the UBM.
     """
     gaussians, dimensions = ubm.means.shape
+    for n, utterance in enumerate(utterances):
+        if utterance.ndim != 2 or utterance.shape[1] != dimensions:
+            raise ValueError(
+                f"the UBM has {dimensions} feature dimensions, utterance {n} is "
+                f"{tuple(utterance.shape)}"
+            )
     lengths = [u.shape[0] for u in utterances]
     gamma = ubm.means.new_zeros((len(lengths), gaussians))
     first = ubm.means.new_zeros((len(lengths), gaussians, dimensions))
