@@ -245,7 +245,8 @@ class Output:
         """Write `name`.safetensors."""
         from safetensors.torch import save_file
 
-        plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+        # Copies: safetensors refuses tensors that share memory (tied or sliced ones).
+        plain = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
         save_file(plain, self.file(f"{name}.safetensors"))
 
     def json(self, name: str, value: Any) -> None:

@@ -32,7 +32,8 @@ class Recording:
     """One audio file of a corpus and what is known about it (None: not known).
 
     `id` is unique over all corpora of a run. The audio is at `path`, or, for corpora that carry
-    audio inside their tables, in `data`. `problem` says why the recording can't be used.
+    audio inside their tables, in `data`. `kind` tells noises ("noise") and room impulse responses
+    ("rir") in packs of both. `problem` says why the recording can't be used.
     """
 
     id: str
@@ -42,6 +43,7 @@ class Recording:
     speaker: str | None = None
     sex: str | None = None
     text: str | None = None
+    kind: str | None = None
     problem: str | None = None
 
 
@@ -150,6 +152,7 @@ def _read_metadata(manifest: Path, corpus: str) -> Iterator[Recording]:
             speaker=_text(row, "speaker", place),
             sex=_text(row, "sex", place),
             text=_text(row, "text", place),
+            kind=_text(row, "kind", place),
             problem=None if path.is_file() else f"named in {place} but the file is absent",
         )
 

@@ -1,0 +1,115 @@
+"""Augmented copies of waveforms: which corruption, how strong, from what noise.
+
+One of {clean speed change, reverberation, babble, music-like noise, noise, babble + reverberation}
+per copy, drawn uniformly from what is switched on (spec of the speaker study, "augmentations").
+Without noise and room recordings the noise is white or pink, the rooms are synthetic and the babble
+is other utterances of the corpus, so that augmentation needs no data beyond the corpus itself.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from goldcrest.cluster.api import Config, InputFiles
+from goldcrest.kernels.frontend import noise as mixing
+from goldcrest.kernels.frontend.reverb import reverberate, synthetic_rir
+from goldcrest.kernels.frontend.speed import change_speed
+from goldcrest.tasks.data import audio
+from goldcrest.tasks.data.corpus import read_corpora
+
+Kind = Literal["noise", "reverb", "babble", "speed"]
+
+
+class AugmentConfig(Config):
+    """Augmented copies of every training utterance, made once, before feature extraction."""
+
+    copies: int = Field(0, ge=0, description="augmented copies per training utterance; 0: none")
+    kinds: tuple[Kind, ...] = Field(
+        ("noise", "reverb", "babble", "speed"), min_length=1, description="corruptions to draw from"
+    )
+    noise_paths: Annotated[tuple[str, ...], InputFiles] = Field(
+        (),
+        description="corpora of noises and room impulse responses (metadata `kind`: noise or rir, "
+        "or folders of that name); none: synthetic noise and rooms",
+    )
+    noise_snr: tuple[float, float] = Field((0.0, 15.0), description="range of noise SNR (dB)")
+    babble_snr: tuple[float, float] = Field((13.0, 20.0), description="range of babble SNR (dB)")
+    babble_voices: tuple[int, int] = Field((3, 8), description="range of talkers in babble")
+    t60: tuple[float, float] = Field((0.2, 0.8), description="range of synthetic room T60 (s)")
+    speed: tuple[float, float] = Field(
+        (0.95, 1.05), description="range of speed factors; more changes the perceived speaker"
+    )
+
+
+@dataclass(frozen=True)
+class NoiseBank:
+    """Waveforms to corrupt with, each (N,) float32 at 16 kHz; empty lists: synthetic ones."""
+
+    noises: Sequence[np.ndarray]
+    rooms: Sequence[np.ndarray]
+    voices: Sequence[np.ndarray]
+
+
+def load_noise_bank(cfg: AugmentConfig, voices: Sequence[np.ndarray]) -> NoiseBank:
+    """Read the noise corpora; a file that can't be read is left out."""
+    noises: list[np.ndarray] = []
+    rooms: list[np.ndarray] = []
+    for recording in read_corpora(cfg.noise_paths) if cfg.noise_paths else []:
+        is_room = recording.kind == "rir" or "rir" in recording.path.parts
+        try:
+            samples = audio.decode(
+                recording.data or recording.path, audio.AudioLimits(min_seconds=0.005)
+            )
+        except audio.AudioError:
+            continue
+        (rooms if is_room else noises).append(samples)
+    return NoiseBank(noises, rooms, voices)
+
+
+def corrupt(
+    samples: np.ndarray, utterance: str, copy: int, cfg: AugmentConfig, bank: NoiseBank, seed: int
+) -> np.ndarray:
+    """Copy number `copy` of an utterance, (N,) -> (about N,) float32.
+
+    The draw depends on seed, utterance id and copy alone, never on the order of the work.
+    """
+    rng = np.random.default_rng([seed, 4, copy, zlib.crc32(utterance.encode())])
+    speech = torch.from_numpy(samples)
+    kind = cfg.kinds[int(rng.integers(len(cfg.kinds)))]
+    if kind == "speed":
+        speech = change_speed(speech, float(rng.uniform(*cfg.speed)))
+    elif kind == "reverb":
+        speech = reverberate(speech, _room(cfg, bank, rng))
+    elif kind == "babble" and bank.voices:
+        count = int(rng.integers(cfg.babble_voices[0], cfg.babble_voices[1] + 1))
+        chosen = rng.choice(len(bank.voices), size=min(count, len(bank.voices)), replace=False)
+        voices = [torch.from_numpy(bank.voices[int(i)]) for i in chosen]
+        crowd = mixing.babble(voices, len(speech), rng)
+        speech = mixing.add_noise(speech, crowd, float(rng.uniform(*cfg.babble_snr)))
+    else:
+        speech = mixing.add_noise(
+            speech, _noise(len(speech), bank, rng), float(rng.uniform(*cfg.noise_snr))
+        )
+    out = speech.float().numpy()
+    return out / max(1.0, float(np.abs(out).max(initial=0.0)))
+
+
+def _room(cfg: AugmentConfig, bank: NoiseBank, rng: np.random.Generator) -> torch.Tensor:
+    if bank.rooms:
+        return torch.from_numpy(bank.rooms[int(rng.integers(len(bank.rooms)))])
+    return synthetic_rir(float(rng.uniform(*cfg.t60)), rng)
+
+
+def _noise(samples: int, bank: NoiseBank, rng: np.random.Generator) -> torch.Tensor:
+    if bank.noises:
+        chosen = torch.from_numpy(bank.noises[int(rng.integers(len(bank.noises)))])
+        return mixing.fit_length(chosen, samples, rng)
+    make = mixing.white_noise if rng.random() < 0.5 else mixing.pink_noise
+    return make(samples, rng)
