@@ -105,7 +105,10 @@ class Store(ABC):
             raise InputError("the store's path is empty", hint="give --store a folder or a URI")
         if isinstance(uri, Path) or not _SCHEME.match(text):
             return _open_local(Path(text))
-        parts = urlsplit(text)
+        try:
+            parts = urlsplit(text)
+        except ValueError as error:
+            raise InputError(f"'{text}' is no URI: {error}", hint="give a folder or a URI") from None
         if parts.scheme == "file":
             if parts.netloc not in ("", "localhost"):
                 raise InputError(

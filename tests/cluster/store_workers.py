@@ -7,6 +7,7 @@ store_workers.py hold URI KEY TTL         take the lease on KEY, say so, keep it
 import os
 import sys
 import time
+from pathlib import Path
 
 from goldcrest.cluster.store import Store
 
@@ -17,7 +18,7 @@ def compute(uri, key, log):
     with store.lease(key, owner=f"worker {os.getpid()}", ttl=20.0) as lease:
         artifact = store.find(key)
         if artifact is None:
-            with open(log, "a") as stream:
+            with Path(log).open("a") as stream:
                 stream.write(f"{os.getpid()} {lease.fence}\n")
             folder = store.begin(key, lease)
             (folder / "value.txt").write_text("forty-two")

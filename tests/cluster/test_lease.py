@@ -247,7 +247,7 @@ def test_killed_holder_is_taken_over_at_once(tmp_path, monkeypatch, scheme):
 
 @pytest.mark.parametrize("scheme", ["", "local://"])
 def test_stopped_holder_cannot_commit_late(tmp_path, monkeypatch, scheme):
-    """SIGSTOP silences a holder that lives: after its ttl another takes over with a larger fence."""
+    """SIGSTOP silences a living holder: after its ttl another takes over with a larger fence."""
     monkeypatch.setenv("GOLDCREST_CACHE", str(tmp_path / "cache"))
     uri = f"{scheme}{tmp_path}/store"
     holder = start_holder(uri, ttl=0.5)

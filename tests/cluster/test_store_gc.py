@@ -1,0 +1,184 @@
+"""Garbage collection: takes what nobody needs, never what a live writer has."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from goldcrest.cluster.lease import Record
+from goldcrest.cluster.process_id import ProcessId
+from goldcrest.cluster.store import Store
+
+KEY, OTHER = (hashlib.sha256(name).hexdigest() for name in (b"gc", b"other"))
+ABANDON = """
+import os, sys
+from goldcrest.cluster.store import Store
+store = Store.open(sys.argv[1])
+with store.lease(sys.argv[2], owner="dead") as lease:
+    (store.begin(sys.argv[2], lease) / "half.bin").write_bytes(b"x" * 1000)
+    (store.scratch(sys.argv[2]) / "checkpoint").write_text("1")
+    os._exit(9)
+"""
+
+
+def put(store, key):
+    """Commit an artifact."""
+    with store.lease(key, owner="test") as lease:
+        folder = store.begin(key, lease)
+        (folder / "value").write_text(key)
+        return store.commit(key, folder, {"step": "x"}, lease)
+
+
+def abandon(store, key):
+    """A writer that dies in the middle of its work."""
+    done = subprocess.run([sys.executable, "-c", ABANDON, store.uri, key])
+    assert done.returncode == 9
+
+
+def whats(rows):
+    """The kinds of garbage in a report."""
+    return sorted({row["what"] for row in rows})
+
+
+def age(folder: Path, seconds: float) -> None:
+    """Make a tree look old."""
+    then = time.time() - seconds
+    for path in [*folder.rglob("*"), folder]:
+        os.utime(path, (then, then))
+
+
+@pytest.fixture
+def store(tmp_path):
+    """A folder store."""
+    return Store.open(tmp_path / "store")
+
+
+def test_nothing_to_do(store):
+    put(store, KEY)
+    assert store.gc() == []
+    assert store.find(KEY) is not None
+
+
+def test_unfinished_work_of_the_dead_goes_and_scratch_stays(store):
+    abandon(store, KEY)
+    assert whats(store.gc(dry_run=True)) == ["unfinished work"]
+    assert len(list((store.root / "tmp").iterdir())) == 1  # dry
+    rows = store.gc()
+    assert rows[0]["bytes"] == 1000 and rows[0]["reason"] == "its writer is dead"
+    assert list((store.root / "tmp").iterdir()) == []
+    assert (store.scratch(KEY) / "checkpoint").exists()  # the next attempt resumes from it
+    put(store, KEY)
+    assert whats(store.gc()) == ["scratch"]
+    assert not list(store.scratch(KEY).iterdir())
+
+
+def test_live_writers_keep_everything(store):
+    put(store, OTHER)
+    with store.lease(KEY, owner="live") as lease, store.lease(OTHER, owner="live"):
+        folder = store.begin(KEY, lease)
+        (folder / "value").write_text("x")
+        age(store.root, 10 * 86400)
+        (store.scratch(OTHER) / "checkpoint").write_text("1")
+        rows = store.gc(set(), grace=0.0)
+        assert "unfinished work" not in whats(rows) and "artifact" not in whats(rows)
+        assert (store.scratch(OTHER) / "checkpoint").exists()
+        assert (folder / "value").exists()
+
+
+def test_another_hosts_work_stays_for_the_grace_time(store):
+    far = ProcessId(host="far", machine="e" * 16, pid=1, started="7")
+    folder = store.root / "tmp" / f"{KEY}.000000000001-{'a' * 16}.{far.machine}-1-7"
+    folder.mkdir()
+    (folder / "half").write_text("x")
+    assert store.gc(grace=3600.0) == []
+    age(folder, 7200.0)
+    lease = store.root / "leases" / KEY / "000000000001.json"
+    lease.parent.mkdir(parents=True)
+    lease.write_bytes(Record(owner="far", nonce="a" * 16, ttl=60.0, process=far).json())
+    assert store.gc(grace=3600.0) == []  # its lease stands
+    lease.unlink()
+    assert whats(store.gc(grace=3600.0)) == ["unfinished work"]
+
+
+def test_unknown_folders_are_left_for_the_grace_time(store):
+    (store.root / "tmp" / "mine").mkdir()
+    assert store.gc() == []
+    age(store.root / "tmp" / "mine", 2 * 86400)
+    assert whats(store.gc()) == ["unfinished work"]
+
+
+def test_old_leases_go_and_fresh_ones_stay(store):
+    put(store, KEY)
+    with store.lease(OTHER, owner="live"):
+        assert store.gc() == []
+        age(store.root / "leases" / KEY, 7200.0)
+        rows = store.gc()
+        assert [Path(row["path"]).name for row in rows] == [KEY]
+        assert (store.root / "leases" / OTHER).exists()
+
+
+def test_artifacts_only_on_request_and_by_age(store):
+    put(store, KEY)
+    put(store, OTHER)
+    assert store.gc() == []
+    assert store.gc({KEY}, older_than=3600.0) == []
+    rows = store.gc({KEY})
+    assert [(row["what"], Path(row["path"]).name) for row in rows] == [("artifact", OTHER)]
+    assert store.find(OTHER) is None and store.find(KEY) is not None
+    assert list((store.root / "tmp").iterdir()) == []
+
+
+def test_quarantine_is_emptied_with_the_artifacts(store):
+    (put(store, KEY).path / "value").write_text("damaged")
+    assert store.find(KEY) is None
+    assert store.gc() == [] and len(store.quarantined()) == 1
+    assert whats(store.gc(set())) == ["quarantined"]
+    assert store.quarantined() == []
+
+
+def test_interrupted_removal_is_finished_by_the_next(store):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    me = ProcessId.current()
+    trash = store.root / "tmp" / f"trash.{me.machine}-{dead.pid}-1.{'0' * 8}"
+    trash.mkdir()
+    assert whats(store.gc()) == ["unfinished work"]
+    assert not trash.exists()
+
+
+def test_bucket(tmp_path, monkeypatch):
+    monkeypatch.setenv("GOLDCREST_CACHE", str(tmp_path / "cache"))
+    store = Store.open(f"local://{tmp_path}/bucket")
+    put(store, KEY)
+    assert store.gc(grace=0.0) == []
+    # an upload cut short: members without a manifest, its writer's claim gone
+    store.bucket.put(f"artifacts/{OTHER[:2]}/{OTHER}/000000000001-{'b' * 16}/value", b"half")
+    assert store.gc() == []  # young
+    assert whats(store.gc(grace=0.0, dry_run=True)) == ["unfinished work"]
+    with store.lease(OTHER, owner="live") as lease:
+        path = f"artifacts/{OTHER[:2]}/{OTHER}/{lease.attempt}/value"
+        store.bucket.put(path, b"being uploaded")
+        rows = store.gc(grace=0.0)
+        assert [row["bytes"] for row in rows] == [4]
+        assert store.bucket.get(path) == b"being uploaded"
+    abandon(store, OTHER)
+    rows = store.gc(set(), grace=0.0)
+    assert whats(rows) == ["artifact", "lease", "unfinished work"]
+    assert store.find(KEY) is None
+    assert store.bucket.names("", recursive=True) == []
+    put(store, KEY)
+
+
+def test_bucket_quarantine(tmp_path, monkeypatch):
+    monkeypatch.setenv("GOLDCREST_CACHE", str(tmp_path / "cache"))
+    store = Store.open(f"local://{tmp_path}/bucket")
+    attempt = put(store, KEY).manifest["attempt"]
+    store.bucket.put(f"artifacts/{KEY[:2]}/{KEY}/{attempt}/value", b"damaged")
+    assert len(store.verify()) == 1
+    assert store.gc(grace=0.0) == []
+    assert whats(store.gc(set(), grace=0.0)) == ["quarantined"]
+    assert store.bucket.names("", recursive=True) == []
