@@ -42,8 +42,6 @@ Tree = dict[str, Any]
 class _PlainLoader(yaml.SafeLoader):
     """A safe loader of plain data: YAML 1.2 core scalars, no tags, no aliases, no duplicates."""
 
-    yaml_implicit_resolvers: typing.ClassVar[dict[str, Any]] = {}
-
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
         self._depth = 0
@@ -97,6 +95,7 @@ def _construct_float(loader: _PlainLoader, node: yaml.ScalarNode) -> float:
     return float(str(loader.construct_scalar(node)))
 
 
+_PlainLoader.yaml_implicit_resolvers = {}
 for _tag, _pattern, _first in (
     ("null", r"(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
     ("bool", r"(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
@@ -336,11 +335,9 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def to_yaml(config: BaseModel) -> str:
-    """The complete config as YAML text that `load_config` reads back to an equal config."""
-    return yaml.dump(
-        config.model_dump(mode="json"), Dumper=_PlainDumper, sort_keys=False, allow_unicode=True
-    )
+def to_yaml(tree: Mapping[str, Any]) -> str:
+    """A config's plain values (`model_dump(mode="json")`) as YAML that `load_config` reads back."""
+    return yaml.dump(dict(tree), Dumper=_PlainDumper, sort_keys=False, allow_unicode=True)
 
 
 class _PlainDumper(yaml.SafeDumper):
