@@ -93,17 +93,9 @@ def posteriors(frames: Tensor, ubm: Ubm, settings: StatisticsSettings) -> tuple[
         indices (T, K) int64 and shares (T, K) in the UBM's dtype, rows summing to 1; dropped
         shares are 0. The best Gaussian is never dropped.
     """
-    if isinstance(ubm, FullGmm):
-        indices, scores = full_gmm.select(frames, ubm, settings.selected)
-    else:
-        indices, scores = diagonal_gmm.select(frames, ubm, settings.selected)
-    shares = scores.softmax(dim=1)
-    if settings.minimum_posterior > 0:
-        best = shares.amax(dim=1, keepdim=True)
-        keep = (shares >= settings.minimum_posterior) | (shares == best)
-        shares = shares * keep
-        shares = shares / shares.sum(dim=1, keepdim=True)
-    return indices, shares
+    family = full_gmm if isinstance(ubm, FullGmm) else diagonal_gmm
+    indices, scores = family.select(frames, ubm, settings.selected)
+    return indices, _prune(scores.softmax(dim=1), settings)
 
 
 def baum_welch(utterances: Sequence[Tensor], ubm: Ubm, settings: StatisticsSettings) -> BaumWelch:
@@ -135,8 +127,7 @@ def baum_welch(utterances: Sequence[Tensor], ubm: Ubm, settings: StatisticsSetti
     frames = torch.cat(
         [ubm.means.new_zeros((0, dimensions)), *(u.to(ubm.means) for u in utterances)]
     )
-    indices, shares = posteriors(frames, ubm, settings)
-    dense = shares.new_zeros((frames.shape[0], gaussians)).scatter_(1, indices, shares)
+    dense = _dense_posteriors(frames, ubm, settings)
     start = 0
     for n, length in enumerate(lengths):
         part = slice(start, start + length)
@@ -202,6 +193,26 @@ def _weight(frames: int, settings: StatisticsSettings) -> float:
     if settings.maximum_count and count > settings.maximum_count:
         return settings.scale * settings.maximum_count / count
     return settings.scale
+
+
+def _prune(shares: Tensor, settings: StatisticsSettings) -> Tensor:
+    """Drop small shares, never the best, and renormalise the rows."""
+    if settings.minimum_posterior == 0:
+        return shares
+    keep = shares >= settings.minimum_posterior
+    keep |= shares == shares.amax(dim=1, keepdim=True)
+    shares = shares * keep
+    return shares / shares.sum(dim=1, keepdim=True)
+
+
+def _dense_posteriors(frames: Tensor, ubm: Ubm, settings: StatisticsSettings) -> Tensor:
+    """`posteriors` written into a (T, G) matrix; no selection where all Gaussians are asked for."""
+    gaussians = ubm.weights.shape[0]
+    if settings.selected >= gaussians and isinstance(ubm, DiagonalGmm):
+        scores = diagonal_gmm.log_likelihoods(frames, ubm)
+        return _prune(scores.softmax(dim=1), settings)
+    indices, shares = posteriors(frames, ubm, settings)
+    return shares.new_zeros((frames.shape[0], gaussians)).scatter_(1, indices, shares)
 
 
 def _second_order(frames: Tensor, shares: Tensor, kind: str) -> Tensor:

@@ -375,12 +375,11 @@ def _pack_indices(dimensions: int, device: torch.device) -> tuple[Tensor, Tensor
 
 
 def _unpack(packed: Tensor, dimensions: int) -> Tensor:
-    """Packed symmetric matrices (n, P) to (n, R, R)."""
+    """Packed symmetric matrices (n, P) to (n, R, R); a gather is faster than two scatters."""
     row, column = _pack_indices(dimensions, packed.device)
-    full = packed.new_empty((packed.shape[0], dimensions, dimensions))
-    full[:, row, column] = packed
-    full[:, column, row] = packed
-    return full
+    place = torch.empty((dimensions, dimensions), dtype=torch.long, device=packed.device)
+    place[row, column] = place[column, row] = torch.arange(row.shape[0], device=packed.device)
+    return packed.index_select(1, place.reshape(-1)).reshape(-1, dimensions, dimensions)
 
 
 def _precision_times(covariances: Tensor, matrices: Tensor) -> Tensor:
@@ -394,9 +393,9 @@ def _precompute(model: TotalVariability) -> tuple[Tensor, Tensor]:
     """Sigma^{-1} M as one (G D, R) matrix, and U packed (G, P)."""
     weighted = _precision_times(model.covariances, model.matrices)
     row, column = _pack_indices(model.dimensions, model.matrices.device)
-    packed = torch.stack(
-        [(m.T @ w)[row, column] for m, w in zip(model.matrices, weighted, strict=True)]
-    )
+    packed = weighted.new_empty((weighted.shape[0], row.shape[0]))
+    for g, (matrix, mine) in enumerate(zip(model.matrices, weighted, strict=True)):
+        packed[g] = (matrix.T @ mine)[row, column]  # one R x R at a time: G of them are gigabytes
     return weighted.reshape(-1, model.dimensions), packed
 
 
