@@ -5,7 +5,7 @@ shards of utterances and merged; the Baum-Welch statistics of a shard stay in a 
 step, so that neither frames nor statistics need to fit into memory.
 
 Artifact:
-    ivectors     id, copy, split, ivector (length-normalised)
+    vectors      id, copy, split, vector (length-normalised i-vectors)
     baseline     id, meanstd (mean and standard deviation of the MFCC: what i-vectors must beat)
     extractor    UBM, total-variability model and whitening (safetensors)
 """
@@ -278,7 +278,7 @@ def _normalise(
 
 def _write(reader: FrameReader, index: pa.Table, vectors: np.ndarray, out: Output) -> None:
     clean = np.flatnonzero(reader.copies == 0)
-    out.table("ivectors", index.append_column("ivector", list_column(vectors)))
+    out.table("vectors", index.append_column("vector", list_column(vectors)))
     out.table(
         "baseline",
         {

@@ -1,0 +1,153 @@
+"""Speaker bundles: a folder that is enough to turn a waveform into an embedding.
+
+bundle.json         schema, kind, name, architecture, network and front-end settings, facts
+model.safetensors   weights: dense float32, bitmask-packed where sparse, int8 where quantized
+head.safetensors    the training classifier (only to fine-tune further; not needed to serve)
+MODEL_CARD.md       for people
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from goldcrest.cluster.api import InputError, Output
+from goldcrest.kernels.sparsity.packing import pack_state, unpack_state
+from goldcrest.kernels.speaker.ecapa_tdnn import EcapaTdnn
+from goldcrest.tasks.speaker.frontend import FrontEnd, FrontEndConfig
+from goldcrest.tasks.speaker.network import network_settings
+
+SCHEMA = 1
+KIND = "speaker-embedding"
+Form = Literal["dense", "sparse", "int8"]
+
+
+@dataclass(frozen=True)
+class SpeakerModel:
+    """A loaded bundle: `embed` maps filterbank frames (T, F) float32 to (E,) float32."""
+
+    facts: Mapping[str, Any]
+    embed: Callable[[np.ndarray], np.ndarray]
+    front_end: FrontEnd
+
+    def embed_waveform(self, samples: np.ndarray) -> np.ndarray:
+        """(N,) float32 at 16 kHz -> (E,) float32."""
+        return self.embed(self.front_end.fbank(samples))
+
+
+def write_bundle(
+    out: Output,
+    *,
+    name: Form,
+    tensors: Mapping[str, Tensor],
+    network: Mapping[str, Any],
+    front_end: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    packed: list[str] | None = None,
+) -> None:
+    """Write a bundle into the step's artifact; `packed` names weights to store with bitmasks."""
+    out.tensors("model", pack_state(dict(tensors), packed) if packed else tensors)
+    description = {
+        "schema": SCHEMA,
+        "kind": KIND,
+        "name": name,
+        "architecture": "ecapa-tdnn",
+        "network": dict(network),
+        "front_end": dict(front_end),
+        "packed": packed or [],
+        "sample_rate": 16_000,
+        "licence": "the model inherits the terms of the speech that it was trained on",
+        **facts,
+    }
+    out.json("bundle", description)
+    out.text("MODEL_CARD.md", model_card(description))
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """The checked bundle.json of a folder; InputError names what is wrong."""
+    path = folder / "bundle.json"
+    try:
+        description = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} can't be read: {error}") from error
+    if not isinstance(description, dict) or description.get("kind") != KIND:
+        raise InputError(f"{path} does not describe a bundle of kind '{KIND}'")
+    if description.get("schema") != SCHEMA:
+        raise InputError(
+            f"{path} has schema {description.get('schema')}, this version reads {SCHEMA}"
+        )
+    return description
+
+
+def load_state(folder: Path) -> dict[str, Tensor]:
+    """The bundle's tensors, bitmask-packed ones unpacked."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return unpack_state(load_file(folder / "model.safetensors"))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{folder / 'model.safetensors'} can't be read: {error}") from error
+
+
+def load_network(folder: Path) -> EcapaTdnn:
+    """The float network of a dense or sparse bundle, in eval mode."""
+    network = EcapaTdnn(network_settings(read_description(folder)["network"]))
+    network.load_state_dict(load_state(folder))
+    return network.eval()
+
+
+def load_bundle(folder: Path | str) -> SpeakerModel:
+    """Any speaker bundle, ready to embed; InputError when it is not one."""
+    folder = Path(folder)
+    facts = read_description(folder)
+    module: nn.Module
+    if facts["name"] == "int8":
+        from goldcrest.kernels.quantization.int8_ecapa import Int8Ecapa
+
+        module = Int8Ecapa.from_tensors(load_state(folder), network_settings(facts["network"]))
+    else:
+        module = load_network(folder)
+
+    def embed(frames: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            return module(torch.from_numpy(frames).mT[None].contiguous())[0].float().numpy()
+
+    front_end = FrontEnd(FrontEndConfig(**facts["front_end"]))
+    return SpeakerModel(facts, embed, front_end)
+
+
+def model_card(facts: Mapping[str, Any]) -> str:
+    """MODEL_CARD.md of a bundle."""
+    training = facts.get("training", {})
+    rows = "\n".join(f"| {name} | {value} |" for name, value in sorted(training.items()))
+    return f"""# {facts["name"]} speaker embedding model
+
+An ECAPA-TDNN that turns 16 kHz mono speech into a vector of
+{facts["network"]["embedding_dim"]} numbers; the cosine of two vectors tells whether the same
+person spoke.
+
+| what | value |
+|---|---|
+| form | {facts["name"]} |
+| channels | {facts["network"]["channels"]} |
+| input | {facts["network"]["input_dim"]} log-mel filterbanks, mean-subtracted |
+{rows}
+
+Load it with `goldcrest.tasks.speaker.bundle.load_bundle(folder)`; its method
+`embed_waveform(samples)` takes float samples in [-1, 1]. Metrics, lineage and the exact
+configuration are in the manifest beside this card and in the run's report.
+
+Intended use: comparing voices within the kind of recordings that it was trained on. Error rates
+differ between languages, channels and groups of speakers; measure them on your own trials before
+you rely on a threshold. Do not use it to identify people without their consent.
+
+Licence: {facts["licence"]}.
+"""

@@ -1,0 +1,166 @@
+"""Cluster: vectors of the training utterances -> a pseudo-label each.
+
+The method is a file of kernels/clustering. The number of clusters, and what else the method needs
+to know of the data, is chosen without labels where the config says "auto". Where the corpus has
+speaker labels they are used to *measure* the clustering, and for nothing else.
+
+Artifact:
+    labels     id, label (0..K-1, without gaps)
+    model      the tensors that label further vectors
+    history    one row per epoch or iteration, and the figure of it
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field, model_validator
+
+from goldcrest.cluster.api import Artifact, Config, Output, StepError, TrainingConfig, task
+from goldcrest.tasks.methods import complete_method, settings_of
+from goldcrest.tasks.speaker.vectors import Vectors, facts_by_id, read_vectors
+
+FAMILY = "goldcrest.kernels.clustering"
+
+
+class ClusterConfig(Config):
+    """Which method clusters the training vectors, into how many clusters."""
+
+    method: str = Field("cimc", description="a file of kernels/clustering")
+    settings: dict[str, Any] = Field({}, description="the method's settings (see its file)")
+    clusters: int | Literal["auto"] = Field(
+        "auto", description="number of clusters; auto: chosen without labels"
+    )
+    training: TrainingConfig = Field(
+        TrainingConfig(
+            epochs=150,
+            batch_size=10_240,
+            optimizer="sgd",
+            learning_rate=0.01,
+            momentum=0.9,
+            schedule="exponential",
+            decay=0.996,
+        ),
+        description="the training engine, for methods that are trained by gradients",
+    )
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        completed = complete_method(FAMILY, self.method, self.settings)
+        object.__setattr__(self, "settings", completed)  # the model is frozen, this is its birth
+        return self
+
+
+@task(cpus=0, timeout="24h")
+def cluster(cfg: ClusterConfig, vectors: Artifact, corpus: Artifact | None, out: Output) -> None:
+    """Cluster the training vectors; `corpus` adds metrics where it knows the speakers."""
+    from goldcrest.kernels import clustering
+
+    found = read_vectors(vectors, "train")
+    x = _tensor(found.matrix)
+    clusters = _number_of_clusters(cfg, x, out)
+    if clusters > len(found.ids):
+        raise StepError(
+            f"{len(found.ids)} training utterances cannot make {clusters} clusters",
+            hint="lower clustering.clusters, or give more speech",
+        )
+    training = _fitting(cfg.training, len(found.ids))
+    result = clustering.load(cfg.method).fit(
+        x,
+        clusters,
+        settings_of(f"{FAMILY}.{cfg.method}", "Settings", cfg.settings),
+        seed=out.seed,
+        train=lambda objective: out.runtime.train(objective, training, out),
+        augmented=_tensor(found.augmented) if len(found.augmented) else None,
+    )
+    labels = compact(result.labels)
+    out.table("labels", {"id": found.ids, "label": pa.array(labels, pa.int32())})
+    out.tensors("model", dict(result.model))
+    out.json("history", result.history)
+    _measure(cfg.method, found, labels, clusters, corpus, out)
+    if len(result.history) > 1:
+        out.figure("history", history_figure(result.history))
+
+
+def _tensor(array: np.ndarray) -> Any:
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+
+
+def _number_of_clusters(cfg: ClusterConfig, x: Any, out: Output) -> int:
+    if cfg.clusters != "auto":
+        return cfg.clusters
+    from goldcrest.kernels.clustering.selection import choose_clusters
+
+    chosen = choose_clusters(x, seed=out.seed)
+    out.json("selection", {"clusters": chosen.clusters, "criterion": chosen.curve})
+    return chosen.clusters
+
+
+def _fitting(training: TrainingConfig, examples: int) -> TrainingConfig:
+    """A batch is at most the corpus: with fewer examples than a batch no step would be made."""
+    if training.batch_size <= examples:
+        return training
+    return training.model_copy(update={"batch_size": examples, "micro_batch_size": None})
+
+
+def compact(labels: np.ndarray) -> np.ndarray:
+    """Labels without gaps: (N,) int -> (N,) int32 in 0..K-1, order of the values kept."""
+    return np.unique(labels, return_inverse=True)[1].astype(np.int32)
+
+
+def _measure(
+    method: str,
+    found: Vectors,
+    labels: np.ndarray,
+    clusters: int,
+    corpus: Artifact | None,
+    out: Output,
+) -> None:
+    from goldcrest.kernels.metrics import clustering as measures
+
+    facts: dict[str, Any] = {"clusters_asked": clusters, "clusters": int(labels.max()) + 1}
+    sizes = np.bincount(labels)
+    facts |= {"smallest": int(sizes.min()), "largest": int(sizes.max())}
+    if corpus is not None:
+        speaker_of = facts_by_id(corpus, "speaker")
+        known = np.array([speaker_of.get(name) is not None for name in found.ids])
+        if known.sum() > 1:
+            truth = np.unique(
+                [str(speaker_of[n]) for n, k in zip(found.ids, known, strict=True) if k],
+                return_inverse=True,
+            )[1]
+            facts |= {
+                name: float(value)
+                for name, value in measures.supervised_metrics(labels[known], truth).items()
+            }
+            facts["speakers"] = int(truth.max()) + 1
+    if 1 < facts["clusters"] < len(labels):
+        facts |= {
+            name: float(value)
+            for name, value in measures.unsupervised_metrics(found.matrix, labels).items()
+        }
+    out.metrics(clustering={method: facts})
+
+
+def history_figure(history: list[dict[str, float]]) -> Any:
+    """The curves of a history over epochs, one small panel per quantity."""
+    from matplotlib.figure import Figure
+
+    names = sorted({name for row in history for name in row} - {"epoch"})
+    columns = 3
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(9, 2.0 * rows))
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat[len(names) :]:
+        axis.remove()
+    for axis, name in zip(axes.flat, names, strict=False):
+        points = [(row.get("epoch", n), row[name]) for n, row in enumerate(history) if name in row]
+        axis.plot(*zip(*points, strict=True), linewidth=1.2)
+        axis.set_title(name.replace("_", " "), fontsize="small")
+        axis.tick_params(labelsize="x-small")
+    figure.tight_layout()
+    return figure

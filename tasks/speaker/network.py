@@ -1,0 +1,57 @@
+"""Shared configuration of the steps that train the speaker network."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Self
+
+from pydantic import Field, model_validator
+
+from goldcrest.cluster.api import Config
+from goldcrest.tasks.methods import SettingsOf, complete_method, settings_of
+
+MARGINS = "goldcrest.kernels.margin"
+_ECAPA = "goldcrest.kernels.speaker.ecapa_tdnn"
+_SPECAUGMENT = "goldcrest.kernels.frontend.specaugment"
+
+
+class LossConfig(Config):
+    """What a training example looks like and what is minimised over it."""
+
+    margin: str = Field("aam", description="classification loss, a file of kernels/margin")
+    margin_settings: dict[str, Any] = Field({}, description="scale and margin (see its file)")
+    crop_frames: int = Field(200, ge=10, description="frames of a training crop (10 ms each)")
+    specaugment: Annotated[dict[str, Any], SettingsOf(_SPECAUGMENT, "SpecAugmentSettings")] = Field(
+        {}, description="time and frequency masks on training crops"
+    )
+    weight_decay_head: float = Field(2e-4, ge=0, description="weight decay of the classifier")
+    balance: float = Field(
+        0.0, ge=0, le=1, description="0: examples as they come; 1: every class equally often"
+    )
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        completed = complete_method(MARGINS, self.margin, self.margin_settings)
+        object.__setattr__(self, "margin_settings", completed)
+        return self
+
+    def objective_settings(self) -> dict[str, Any]:
+        """The keyword arguments of `SpeakerObjective` that this config decides."""
+        return {
+            "margin": self.margin,
+            "margin_settings": settings_of(
+                f"{MARGINS}.{self.margin}", "Settings", self.margin_settings
+            ),
+            "crop_frames": self.crop_frames,
+            "augment": settings_of(_SPECAUGMENT, "SpecAugmentSettings", self.specaugment),
+            "weight_decay_head": self.weight_decay_head,
+            "balance": self.balance,
+        }
+
+
+NetworkSettings = Annotated[dict[str, Any], SettingsOf(_ECAPA, "EcapaSettings")]
+"""Config field type: the settings of an ECAPA-TDNN, completed."""
+
+
+def network_settings(given: dict[str, Any]) -> Any:
+    """`EcapaSettings` of completed values."""
+    return settings_of(_ECAPA, "EcapaSettings", given)

@@ -1,0 +1,221 @@
+"""Objectives of the speaker network for the training engine.
+
+`SpeakerObjective` trains an ECAPA-TDNN with a margin loss on (pseudo-)labels; `SparseObjective`
+goes on with masks held, optionally distilling a dense teacher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from goldcrest.kernels.frontend.crop import random_crop
+from goldcrest.kernels.frontend.specaugment import spec_augment
+from goldcrest.kernels.speaker.ecapa_tdnn import EcapaTdnn
+from goldcrest.tasks.data.frames import FrameReader
+
+Distillation = Literal["none", "squarehead", "logits", "feature_mse"]
+
+
+class SpeakerClassifier(nn.Module):
+    """A speaker network with the classification head that trains it."""
+
+    def __init__(self, network: EcapaTdnn, head: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.head = head
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Which rows of a frame file train which class: rows (N, copies) int, labels (N,) int64.
+
+    Column 0 of `rows` is the clean copy, the others are augmented copies of the same utterance.
+    """
+
+    reader: FrameReader
+    rows: np.ndarray
+    labels: np.ndarray
+
+    @classmethod
+    def of(cls, reader: FrameReader, ids: list[str], labels: np.ndarray) -> Examples:
+        """The examples of utterances `ids`, with every copy that all of them have."""
+        places = [reader.rows(int(copy)) for copy in np.unique(reader.copies)]
+        complete = [rows for rows in places if all(name in rows for name in ids)]
+        return cls(reader, np.array([[rows[n] for rows in complete] for n in ids]), labels)
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return int(self.labels.max()) + 1
+
+
+class SpeakerObjective:
+    """Cross-entropy with a margin over crops of filterbank frames."""
+
+    def __init__(
+        self,
+        examples: Examples,
+        *,
+        network: Any,
+        margin: str,
+        margin_settings: Any,
+        crop_frames: int,
+        augment: Any,
+        weight_decay_head: float,
+        balance: float,
+    ) -> None:
+        """`network` EcapaSettings; `margin` a file of kernels/margin; `augment` SpecAugment's
+        settings or None; `balance` in [0, 1] draws classes between as they come (0) and evenly."""
+        self.examples, self.network, self.margin = examples, network, margin
+        self.margin_settings, self.crop_frames, self.augment = margin_settings, crop_frames, augment
+        self.weight_decay_head, self.balance = weight_decay_head, balance
+        counts = np.bincount(examples.labels).astype(np.float64)
+        share = (counts[examples.labels]) ** -balance
+        self._share = share / share.sum()
+
+    def build_model(self) -> nn.Module:
+        """The untrained network and head."""
+        from goldcrest.kernels import margin
+
+        method = margin.load(self.margin)
+        head = method.Head(self.network.embedding_dim, self.examples.classes, self.margin_settings)
+        return SpeakerClassifier(EcapaTdnn(self.network), head)
+
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Network and head apart: the head has a weight decay of its own (Tao's recipe)."""
+        assert isinstance(model, SpeakerClassifier)
+        return [
+            {"params": list(model.network.parameters())},
+            {"params": list(model.head.parameters()), "weight_decay": self.weight_decay_head},
+        ]
+
+    def __len__(self) -> int:
+        return len(self.examples.labels)
+
+    def batch(self, indices: np.ndarray, rng: np.random.Generator) -> dict[str, Tensor]:
+        """Random crops (B, F, L) of random copies, with labels (B,)."""
+        if self.balance > 0:
+            indices = rng.choice(len(self), size=len(indices), p=self._share)
+        reader, rows = self.examples.reader, self.examples.rows
+        crops = []
+        for index in indices:
+            row = rows[index, int(rng.integers(rows.shape[1]))]
+            crops.append(random_crop(torch.from_numpy(reader[int(row)]), self.crop_frames, rng))
+        frames = torch.stack(crops)
+        if self.augment is not None:
+            frames = spec_augment(frames, None, self.augment, rng)
+        labels = torch.from_numpy(self.examples.labels[indices].astype(np.int64))
+        seconds = torch.tensor(frames.shape[0] * frames.shape[1] / 100.0)
+        return {"features": frames.mT.contiguous(), "labels": labels, "seconds": seconds}
+
+    def losses(
+        self, model: nn.Module, batch: dict[str, Tensor], *, epoch: int
+    ) -> dict[str, Tensor]:
+        """The margin loss."""
+        assert isinstance(model, SpeakerClassifier)
+        return {"margin": model.head(model.network(batch["features"]), batch["labels"])}
+
+    def after_step(self, model: nn.Module) -> None:
+        """Nothing follows a step."""
+
+    def evaluate(self, model: nn.Module, *, epoch: int) -> dict[str, float]:
+        """Share of a fixed sample of training utterances whose class is the highest."""
+        assert isinstance(model, SpeakerClassifier)
+        rng = np.random.default_rng(0)
+        sample = rng.permutation(len(self))[:256]
+        right = 0
+        for index in sample:
+            features = torch.from_numpy(self.examples.reader[int(self.examples.rows[index, 0])])
+            logits = model.head.logits(model.network(features.mT[None]))  # type: ignore[operator]
+            right += int(logits.argmax() == int(self.examples.labels[index]))
+        return {"train_accuracy": right / len(sample)}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Nothing besides model and optimizer."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Nothing to restore."""
+
+
+class SparseObjective(SpeakerObjective):
+    """Fine-tuning of a pruned network: masks held after every step, features of a dense teacher.
+
+    Source: Kurtic et al. 2023 (spec "sparse fine-tuning", section 3.3): task loss, plus SquareHead
+    over the outputs of the SE-Res2 blocks, or logit distillation, or neither.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        *,
+        initial: Mapping[str, Tensor],
+        teacher: Mapping[str, Tensor],
+        masks: Mapping[str, Tensor],
+        distillation: Distillation,
+        distillation_settings: Any,
+        **settings: Any,
+    ) -> None:
+        """`initial` and `teacher` are states of SpeakerClassifier, `masks` of its layers."""
+        super().__init__(examples, **settings)
+        self.initial, self.teacher_state, self.masks = dict(initial), dict(teacher), dict(masks)
+        self.distillation, self.distillation_settings = distillation, distillation_settings
+        self._teacher: SpeakerClassifier | None = None
+
+    def build_model(self) -> nn.Module:
+        """The pruned network; its dense teacher stays outside the trained module."""
+        model = super().build_model()
+        model.load_state_dict(self.initial)
+        return model
+
+    def _frozen_teacher(self) -> SpeakerClassifier:
+        if self._teacher is None:
+            teacher = super().build_model()
+            teacher.load_state_dict(self.teacher_state)
+            assert isinstance(teacher, SpeakerClassifier)
+            self._teacher = teacher.eval().requires_grad_(False)
+        return self._teacher
+
+    def losses(
+        self, model: nn.Module, batch: dict[str, Tensor], *, epoch: int
+    ) -> dict[str, Tensor]:
+        """Task loss and, unless distillation is "none", the distance to the teacher."""
+        from goldcrest.kernels.distillation import feature_mse, logit_kd, squarehead
+
+        assert isinstance(model, SpeakerClassifier)
+        embeddings, blocks = model.network.blocks(batch["features"])
+        found = {"margin": model.head(embeddings, batch["labels"])}
+        if self.distillation == "none":
+            return found
+        with torch.no_grad():
+            teacher = self._frozen_teacher()
+            wanted_embeddings, wanted = teacher.network.blocks(batch["features"])
+        if self.distillation == "logits":
+            found["logits"] = logit_kd.loss(
+                teacher.head.logits(wanted_embeddings),  # type: ignore[operator]
+                model.head.logits(embeddings),  # type: ignore[operator]
+                None,
+                self.distillation_settings,
+            )
+            return found
+        method = squarehead if self.distillation == "squarehead" else feature_mse
+        # Blocks are (B, C, T); the losses take (B, T, D). The embedding counts as one more block.
+        pairs = [
+            [block.mT for block in (*outputs, vectors[..., None])]
+            for outputs, vectors in ((wanted, wanted_embeddings), (blocks, embeddings))
+        ]
+        found[self.distillation] = method.loss(pairs[0], pairs[1], None, self.distillation_settings)
+        return found
+
+    def after_step(self, model: nn.Module) -> None:
+        """Hold the masks: momentum and weight decay would bring pruned weights back."""
+        from goldcrest.kernels.sparsity.masks import hold
+
+        assert isinstance(model, SpeakerClassifier)
+        hold(model.network, self.masks)
