@@ -16,6 +16,7 @@ from goldcrest.cluster.api import canonical_json
 from goldcrest.cluster.artifact import Artifact
 from goldcrest.cluster.dag import Step, walk
 from goldcrest.cluster.keys import Fingerprints
+from goldcrest.cluster.masking import mask_secrets
 from goldcrest.cluster.source_hash import source_hash
 
 if TYPE_CHECKING:
@@ -210,7 +211,9 @@ def _differences(step: Step, before: Mapping[str, Any]) -> list[tuple[str, str]]
     found: list[tuple[str, str]] = []
     if before.get("version") != step.task.version:
         found.append(("version", f"version changed {before.get('version')} -> {step.task.version}"))
-    for place, old, new in _changed_fields(before.get("config") or {}, step.canonical, ""):
+    for place, old, new in _changed_fields(
+        before.get("config") or {}, mask_secrets(step.canonical), ""
+    ):
         if _is_files(old) or _is_files(new):
             found.append(("files", f"input files of `{place}` changed"))
         else:

@@ -7,7 +7,7 @@ sequence in the output, and a long step speaks at most every `PLAIN_INTERVAL` se
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TextIO
@@ -19,7 +19,6 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from goldcrest.cluster.config_file import flatten
 from goldcrest.cluster.events import (
     Event,
     RunFinished,
@@ -67,13 +66,17 @@ def number(value: object) -> str:
 
 def key_metrics(values: Mapping[str, Any], most: int = KEY_METRICS) -> str:
     """The first few numbers of nested metrics as `name=value`, in their own order."""
-    numbers = {
-        name.rsplit(".", 1)[-1] if name.count(".") > 1 else name: value
-        for name, value in flatten(dict(values)).items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
-    }
-    numbers.pop("epoch", None)
-    return "  ".join(f"{name}={number(value)}" for name, value in list(numbers.items())[:most])
+    pairs = [(name, value) for name, value in _numbers(values) if name != "epoch"]
+    return "  ".join(f"{name}={number(value)}" for name, value in pairs[:most])
+
+
+def _numbers(values: Mapping[str, Any], model: str = "") -> Iterator[tuple[str, float]]:
+    """`(name, number)` of every leaf; inside a group (`dense`) the group's name comes first."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, str(name))
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield (f"{model} {name}" if model else str(name)), value
 
 
 @dataclass

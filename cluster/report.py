@@ -377,7 +377,7 @@ def metric_tables(metrics: Mapping[str, Any]) -> list[MetricTable]:
         if plain:
             tables.append(_table(str(group), {"": plain}))
     if loose:
-        tables.append(_table("run", {"": loose}))
+        tables.append(_table("other", {"": loose}))
     return tables
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from goldcrest.cluster.events import Event, Listener, RunResult
+from goldcrest.cluster.masking import mask_secrets, mask_text
 from goldcrest.cluster.plan import Plan
 
 
@@ -41,7 +42,7 @@ class RunRecord:
         self.folder = folder
         self._facts = {
             **facts,
-            "command": sys.argv,
+            "command": [mask_text(word) for word in sys.argv],
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "started": time.time(),
@@ -66,9 +67,9 @@ class RunRecord:
                 "run": run_id,
                 "pipeline": plan.pipeline,
                 "module": module,
-                "config": dict(config),
-                "store": store_uri,
-                "profile": dict(profile),
+                "config": mask_secrets(config),
+                "store": mask_text(store_uri),
+                "profile": mask_secrets(profile),
                 "plan": plan.as_json(),
             },
         )
@@ -101,7 +102,9 @@ class EventFile:
 
     def on_event(self, event: Event) -> None:
         """Append one line."""
-        line = json.dumps(event.as_json(), sort_keys=True, ensure_ascii=False, default=str)
+        line = json.dumps(
+            mask_secrets(event.as_json()), sort_keys=True, ensure_ascii=False, default=str
+        )
         with self._path.open("a", encoding="utf-8") as stream:
             stream.write(line + "\n")
 

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 from goldcrest.cluster.events import Event, RunFinished, RunStarted, StepChanged, StepLog
 from goldcrest.cluster.masking import mask_secrets, mask_text
@@ -154,17 +154,18 @@ class Tracking:
             self._always = False
             self._child = None
             return
-        self._feeder = threading.Thread(target=self._feed, name="tracking", daemon=True)
+        self._feeder = threading.Thread(
+            target=self._feed, args=[self._child.stdin], name="tracking", daemon=True
+        )
         self._feeder.start()
 
-    def _feed(self) -> None:
+    def _feed(self, pipe: IO[str]) -> None:
         """Pass the queue on to the writer; this thread is the one that may have to wait."""
-        assert self._child is not None and self._child.stdin is not None
         try:
             while (text := self._queue.get()) is not None:
-                self._child.stdin.write(text + "\n")
-                self._child.stdin.flush()
-            self._child.stdin.close()
+                pipe.write(text + "\n")
+                pipe.flush()
+            pipe.close()
         except OSError:
             return  # the writer has gone; `close` reads in its log why
 

@@ -100,7 +100,8 @@ def recorded_run(record: Mapping[str, Any]) -> tuple[Pipeline, Config, dict[str,
         module, tree, name = str(record["module"]), dict(record["config"]), str(record["run"])
     except (KeyError, TypeError, ValueError):
         raise InputError("the record of this run is not complete; repeat its command") from None
-    hidden = [field for field, value in flatten(tree).items() if value == MASK]
+    profile = dict(record.get("profile") or {})
+    hidden = [field for field, value in flatten({**tree, **profile}).items() if value == MASK]
     if hidden:
         raise InputError(
             f"the record of run {name} keeps no secrets, and {', '.join(hidden)} is one",
@@ -108,7 +109,7 @@ def recorded_run(record: Mapping[str, Any]) -> tuple[Pipeline, Config, dict[str,
         )
     pipeline = load_pipeline(module.removeprefix("goldcrest.pipelines."))
     config = validate(pipeline.config_class, tree, where=f"the record of run {name}")
-    return pipeline, config, dict(record.get("profile") or {})
+    return pipeline, config, profile
 
 
 def show_result(result: RunResult) -> None:
