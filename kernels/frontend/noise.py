@@ -2,7 +2,7 @@
 
 Source: spec section 6; Snyder et al., "MUSAN" (2015) and Kaldi `wav-reverberate` for the ranges.
 
-    y = x + g n,    g = sqrt(10^((P_x - P_n - SNR) / 10)),    P = 10 log10(mean x^2 + floor)
+    y = x + g n,    g = sqrt(10^((P_x - P_n - SNR) / 10)),    P = 10 log10(mean x^2)
 
     N samples of the speech   n samples of a noise
 """
@@ -32,11 +32,11 @@ BABBLE_TALKERS = (3, 8)
 """Fewest and most voices summed into babble."""
 
 
-def power_db(waveform: Tensor, *, floor: float = 1e-10) -> float:
-    """Mean power in dB, 10 log10(mean x^2 + floor).
+def power_db(waveform: Tensor, *, floor: float = 0.0) -> float:
+    """Mean power in dB, 10 log10(mean x^2 + floor); minus infinity for silence without a floor.
 
-    The floor only keeps silence finite. The 1e-4 of some recipes is 16 dB above quiet speech on a
-    [-1, 1] scale, and would make the true ratio miss the requested one by several dB.
+    Recipes add a floor of 1e-4. On a [-1, 1] scale that is 16 dB above quiet speech, and the true
+    ratio would miss the requested one by several dB: here silence is handled apart instead.
     """
     return float(10 * torch.log10(waveform.double().square().mean() + floor))
 
