@@ -75,6 +75,7 @@ def bind(
 ) -> Any:
     """A Ray DAG node for `task`; use `Task.bind`, which sorts the inputs by parameter."""
     import ray
+
     from goldcrest.cluster.worker import execute_step
 
     if not isinstance(config, task.config_class):
@@ -103,7 +104,8 @@ def bind(
         resources=overrides,
         inputs=task.inputs,
     )
-    return ray.remote(execute_step).options(name=binding.name).bind(binding, **bound)
+    remote: Any = ray.remote(execute_step)
+    return remote.options(name=binding.name).bind(binding, **bound)
 
 
 def _check_optional(task: Task, parameter: str, *, given: bool) -> None:

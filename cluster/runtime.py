@@ -18,6 +18,7 @@ import math
 import os
 import random
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from goldcrest.cluster.api import Objective, Trained
 from goldcrest.cluster.artifact import Output
-from goldcrest.cluster.errors import GoldcrestError, StepError
+from goldcrest.cluster.errors import StepError
 from goldcrest.cluster.training_config import TrainingConfig
 
 if TYPE_CHECKING:
@@ -161,7 +162,8 @@ class RayRuntime:
             workers=min(workers, len(pieces)),
         )
         try:
-            for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+            blocks: Iterable[Any] = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+            for block in blocks:
                 for batch in block.column("batch"):
                     yield pa.ipc.open_stream(batch.as_buffer()).read_all()
         except Exception as error:
@@ -239,7 +241,8 @@ class Piece:
 
 def _row_groups(metadata: Any, start: int, stop: int) -> tuple[list[int], int]:
     """The row groups that hold rows [start, stop), and the row where the first of them begins."""
-    groups, offset, row = [], 0, 0
+    groups: list[int] = []
+    offset = row = 0
     for group in range(metadata.num_row_groups):
         rows = metadata.row_group(group).num_rows
         if row < stop and row + rows > start:
@@ -280,22 +283,28 @@ def _pipeline(
 ) -> ray.data.Dataset:
     """A Ray Data pipeline: one row per piece in, one row per batch out."""
     import ray.data
+    from ray.util.annotations import RayDeprecationWarning
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     rows = [{"piece": index} for index in range(len(pieces))]
-    return ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        _StreamWorker,
-        fn_constructor_kwargs={"pieces": list(pieces), **constructor},
-        batch_size=1,
-        batch_format="pyarrow",
-        num_cpus=cpus,
-        num_gpus=gpus or None,
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers),
-        max_restarts=_ACTOR_RESTARTS,
-        max_task_retries=_ACTOR_RESTARTS,
-    )
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+    with warnings.catch_warnings():
+        # Ray Data would restart for ever an actor that crashes on the same batch each time. The
+        # bounds have no named parameters yet, and the unnamed ones are deprecated.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        return dataset.map_batches(
+            _StreamWorker,
+            fn_constructor_kwargs={"pieces": list(pieces), **constructor},
+            batch_size=1,
+            batch_format="pyarrow",
+            num_cpus=cpus,
+            num_gpus=gpus or None,
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers),
+            max_restarts=_ACTOR_RESTARTS,
+            max_task_retries=_ACTOR_RESTARTS,
+        )
 
 
 class _StreamWorker:
@@ -354,16 +363,12 @@ def _own_error(error: Exception, what: str) -> Exception:
     """The exception that the function itself raised, out of Ray's wrapping."""
     import ray.exceptions as failures
 
-    cause: BaseException | None = error
-    while isinstance(cause, failures.RayTaskError) or (
-        isinstance(cause, failures.RayError) and cause.__cause__ is not None
-    ):
+    cause: BaseException = error
+    while isinstance(cause, failures.RayError) or type(cause).__module__ == "ray.data.exceptions":
         inner = getattr(cause, "cause", None) or cause.__cause__
-        if inner is None or inner is cause:
+        if not isinstance(inner, BaseException):
             break
         cause = inner
-    if isinstance(cause, GoldcrestError):
-        return cause
     if isinstance(cause, failures.RayError):
         return StepError(f"a worker of {what} was lost again and again: {first_line(cause)}")
     return cause if isinstance(cause, Exception) else error

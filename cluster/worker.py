@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from goldcrest.cluster.artifact import Artifact, Output
 from goldcrest.cluster.errors import GoldcrestError, StepError
+from goldcrest.cluster.masking import mask_secrets
 from goldcrest.cluster.runtime import RayRuntime, limit_threads, seed_everything
 from goldcrest.cluster.source_hash import source_hash
 
@@ -161,7 +162,7 @@ def _manifest(step: Step, context: RunContext, out: Output, seconds: float) -> d
         "step": step.name,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
         "seconds": round(seconds, 3),
-        "config": step.canonical,
+        "config": mask_secrets(step.canonical),
         "seed": step.seed,
         "inputs": dict(step.input_keys),
         "metrics": metrics,
@@ -295,7 +296,7 @@ def _flush() -> None:
 @contextlib.contextmanager
 def noted_exit(teller: Teller) -> Iterator[None]:
     """Note a call of `os._exit` by the step: nothing else would tell it from a kill."""
-    plain: Callable[[int], NoReturn] = os._exit
+    plain = os._exit
     owner = os.getpid()
 
     def noting(status: int) -> NoReturn:

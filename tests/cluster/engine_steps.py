@@ -110,7 +110,7 @@ def _misbehave(cfg: TroubleConfig) -> None:
     if cfg.kind == "connection":
         raise ConnectionError("the line is dead")
     if cfg.kind == "unpicklable":
-        raise _Unpicklable(lambda: 1)
+        raise _UnpicklableError(lambda: 1)
     if cfg.kind == "exit":
         os._exit(3)
     if cfg.kind == "sysexit":
@@ -127,7 +127,7 @@ def _misbehave(cfg: TroubleConfig) -> None:
         raise OSError(28, "No space left on device", "/somewhere")
 
 
-class _Unpicklable(Exception):
+class _UnpicklableError(Exception):
     def __init__(self, content: Any) -> None:
         super().__init__("this error cannot travel")
         self.content = content
@@ -185,3 +185,31 @@ class Doubler:
 def rows_of(tables: Iterator[pa.Table]) -> list[tuple[int, int]]:
     """All rows of the tables as pairs."""
     return [(r["x"], r["rows"]) for table in tables for r in table.to_pylist()]
+
+
+class CrashOnBatch:
+    """For Runtime.stream: a transform that fails."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """Raise, or take the process along."""
+        if self.kind == "raise":
+            raise ValueError("bad batch")
+        os._exit(5)
+
+
+def process_id(marker: str) -> int:
+    """For Runtime.map: the first attempt of an item with a marker kills its worker."""
+    if marker and not Path(marker).exists():
+        Path(marker).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return 1
+
+
+def thread_count(_: int) -> tuple[str, int]:
+    """For Runtime.map: threads of OpenMP's environment and of torch."""
+    import torch
+
+    return os.environ["OMP_NUM_THREADS"], torch.get_num_threads()

@@ -1,0 +1,135 @@
+"""Cluster profiles: files, resources per step, and plans that no node can run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from goldcrest.cluster.api import InputError, Resources
+from goldcrest.cluster.dag import Step, walk
+from goldcrest.cluster.keys import Fingerprints
+from goldcrest.cluster.profile import (
+    NodeKind,
+    Profile,
+    attach,
+    check_placement,
+    lacking,
+    parse_bytes,
+    running_nodes,
+    task_options,
+)
+from tests.cluster.engine_steps import NumberConfig, number
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "cluster"
+
+
+def steps(profile: Profile, *names: str) -> list[Step]:
+    nodes = [number.bind(NumberConfig(), name=name) for name in names]
+    return walk(nodes, fingerprints=Fingerprints(Path("/nowhere/c")), overrides=profile.overrides())
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_profiles_load(path: Path) -> None:
+    assert Profile.load(path).name == path.stem
+
+
+def test_a_mixed_cluster_sends_training_to_gpu_nodes_and_the_rest_to_cpu_nodes() -> None:
+    profile = Profile.load(CONFIGS / "mixed.yaml")
+    prepare, pretrain = steps(profile, "prepare", "pretrain")
+    cpu = NodeKind(name="a", cpus=8, labels={"pool": "cpu"})
+    gpu = NodeKind(name="b", cpus=8, gpus=1, labels={"pool": "gpu"})
+    fits = [[not lacking(s.resources, node) for node in (cpu, gpu)] for s in (prepare, pretrain)]
+    assert fits == [[True, False], [False, True]]
+
+
+def test_later_patterns_win_and_only_given_fields_change() -> None:
+    profile = Profile.model_validate(
+        {"steps": {"*": {"cpus": 2, "memory": "2GiB"}, "pre*": {"cpus": 3}}}
+    )
+    first, second = steps(profile, "pretrain", "other")
+    assert (first.resources.cpus, second.resources.cpus) == (3, 2)
+    assert first.resources.memory == 2 * 1024**3
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("200MB", 200_000_000), ("2GiB", 2 << 30), ("1.5 kB", 1500), ("7", 7), ("3G", 3 * 10**9)],
+)
+def test_amounts_of_memory(text: str, expected: int) -> None:
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps: {a: {gpu: 1}}", r"steps\.a\.gpu"),
+        ("ray: {object_store_memory: lots}", "'lots' is not an amount of memory"),
+        ("- a list", "must be a mapping"),
+        ("ray: {address: [}", "is not YAML"),
+    ],
+)
+def test_a_wrong_profile_is_told_with_file_and_field(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=message) as caught:
+        Profile.load(path)
+    assert "wrong.yaml" in str(caught.value)
+    with pytest.raises(InputError, match="cannot read"):
+        Profile.load(tmp_path / "absent.yaml")
+
+
+def test_a_step_that_no_node_can_run_is_named_with_what_is_missing() -> None:
+    profile = Profile.model_validate({"name": "lab", "steps": {"pretrain": {"gpus": 1, "cpus": 4}}})
+    nodes = [NodeKind(name="n1", cpus=2), NodeKind(name="n2", cpus=8)]
+    with pytest.raises(InputError) as caught:
+        check_placement(steps(profile, "prepare", "pretrain"), nodes, profile)
+    assert caught.value.message == (
+        "step 'pretrain' asks for 1 GPUs (n2 has 0): no node of 'lab' can run it"
+    )
+
+
+def test_nodes_that_an_autoscaler_may_add_count() -> None:
+    profile = Profile.model_validate(
+        {"steps": {"*": {"gpus": 2}}, "autoscaler": [{"cpus": 8, "gpus": 4}]}
+    )
+    check_placement(steps(profile, "pretrain"), [NodeKind(name="head", cpus=2)], profile)
+
+
+def test_memory_accelerator_custom_resource_and_label_are_all_checked() -> None:
+    wanted = Resources(
+        memory=10**10, accelerator="A100", custom={"licence": 1}, labels={"zone": "!in(a, b)"}
+    )
+    node = NodeKind(name="n", cpus=1, memory=10**9, labels={"zone": "b"})
+    assert lacking(wanted, node) == [
+        "10 GB of memory (n has 1)",
+        "a GPU of type A100",
+        "1 of the resource 'licence'",
+        "the label zone=!in(a, b)",
+    ]
+    enough = NodeKind(
+        name="n", cpus=1, custom={"licence": 2, "accelerator_type:A100": 1}, labels={"zone": "c"}
+    )
+    assert lacking(wanted, enough) == []
+
+
+def test_options_are_what_ray_calls_them() -> None:
+    wanted = Resources(
+        cpus=2, gpus=1, memory=5, accelerator="A100", custom={"x": 1}, labels={"pool": "gpu"}
+    )
+    assert task_options(wanted) == {
+        "num_cpus": 2,
+        "num_gpus": 1,
+        "memory": 5,
+        "accelerator_type": "A100",
+        "resources": {"x": 1},
+        "label_selector": {"pool": "gpu"},
+    }
+
+
+def test_a_running_ray_is_used_as_it_is(ray_cluster: None) -> None:
+    assert attach(Profile()) == "attached"
+    (node,) = running_nodes()
+    assert (node.cpus, node.gpus) == (2, 0)
