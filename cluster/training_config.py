@@ -1,4 +1,4 @@
-"""The training engine's configuration, apart from the engine so that tasks import it without ray."""
+"""The training engine's configuration, apart from the engine: tasks import it without ray."""
 
 from __future__ import annotations
 

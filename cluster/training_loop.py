@@ -130,7 +130,7 @@ def _move(batch: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.
 @contextlib.contextmanager
 def _frozen_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Inside, the optimizer's step does nothing: DeepSpeed's bookkeeping runs, no weight moves."""
-    optimizer.step = lambda *_, **__: None  # type: ignore[method-assign]
+    optimizer.step = lambda *_, **__: None  # type: ignore[assignment,method-assign]
     try:
         yield
     finally:
@@ -331,8 +331,9 @@ class Trainer:
             inputs = _move(drawn, self.place.device, self.dtype)
             self.engine.set_gradient_accumulation_boundary(place == len(chunks) - 1)
             total, each = self.engine(inputs, self.epoch)
-            loss = total if chunk.weight == 1.0 else total * chunk.weight
-            self.engine.backward(loss, scale_wrt_gas=False)
+            # A new tensor even at weight 1: on the forward's own output DeepSpeed 0.19 divides the
+            # gradient by the accumulation steps although told not to.
+            self.engine.backward(total * chunk.weight, scale_wrt_gas=False)
             values.append(each * chunk.weight if chunk.weight else torch.zeros_like(each))
         losses, units = self._exchange(torch.stack(values).sum(0), units)
         self.meter.count(examples=len(batch), units=units)
@@ -391,7 +392,7 @@ class Trainer:
         return row | {name: float(value) for name, value in metrics.items()}
 
     def _average_buffers(self) -> None:
-        """BatchNorm's running statistics differ between workers: take their mean, else worker 0's."""
+        """BatchNorm's running statistics differ between workers: take their mean."""
         if self.place.world == 1:
             return
         for buffer in self.model.buffers():

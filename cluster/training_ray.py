@@ -20,6 +20,7 @@ import json
 import logging
 import os
 import re
+import signal
 import threading
 import time
 import traceback
@@ -33,6 +34,8 @@ from goldcrest.cluster.errors import GoldcrestError, InputError, StepError
 from goldcrest.cluster.training_config import TrainingConfig
 
 if TYPE_CHECKING:
+    from ray.train.torch import TorchTrainer
+
     from goldcrest.cluster.api import Objective
     from goldcrest.cluster.training import CallbackReporter
 
@@ -173,6 +176,44 @@ def _note_missing_resources(config: TrainingConfig, reporter: CallbackReporter) 
             )
 
 
+def _trainer_class() -> type[TorchTrainer]:
+    """TorchTrainer without the actor that removes placement groups of a controller that died: it
+    asks the dashboard's state API, which a run without a dashboard does not have, and then says so
+    every second. The groups end with the run's own processes anyway."""
+    from ray.train.torch import TorchTrainer
+
+    class QuietTorchTrainer(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            every = super()._create_default_callbacks()  # type: ignore[misc]
+            return [c for c in every if type(c).__name__ != "PlacementGroupCleanerCallback"]
+
+    return QuietTorchTrainer
+
+
+@contextmanager
+def _ray_train_settings() -> Iterator[None]:
+    """Ray Train's switches, which are environment variables; what the user has set is kept.
+
+    The controller looks for the end of the workers every 0.2 s instead of 2 s, and on a cluster of
+    one node there is no watcher for preempted nodes (one process less to start).
+    """
+    import ray
+
+    wanted = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
+    if len(ray.nodes()) == 1:
+        wanted["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
+    added = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(added)
+    interrupt = signal.getsignal(signal.SIGINT)  # Ray Train puts its own and leaves it there
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, interrupt)
+        for name in added:
+            del os.environ[name]
+
+
 def fit(
     objective: Objective,
     config: TrainingConfig,
@@ -183,14 +224,14 @@ def fit(
 ) -> None:
     """Run the group of workers to the end; the result is the last checkpoint in `scratch`."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
 
     scratch.mkdir(parents=True, exist_ok=True)
     attempt = uuid.uuid4().hex
     gpu = config.gpus_per_worker > 0
     resources = {"CPU": config.cpus_per_worker} | ({"GPU": config.gpus_per_worker} if gpu else {})
     job = {"objective": objective, "config": config, "scratch": str(scratch.resolve())}
-    trainer = TorchTrainer(
+    trainer = _trainer_class()(
         _work,
         train_loop_config=job | {"seed": seed, "attempt": attempt},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
@@ -206,7 +247,7 @@ def fit(
     _note_missing_resources(config, reporter)
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     try:
-        with _watched(scratch, attempt, reporter):
+        with _ray_train_settings(), _watched(scratch, attempt, reporter):
             trainer.fit()
     except Exception as error:
         _raise_recorded(scratch, attempt)

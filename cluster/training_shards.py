@@ -76,7 +76,7 @@ def _plain(names: dict[int, str], parameters: Sequence[torch.Tensor]) -> Iterato
 def _partitioned_groups(
     names: dict[int, str], parameters: Sequence[Any], zero: Any
 ) -> Iterator[Fragment]:
-    """Stages 1 and 2: `_hp_mapping` says which piece of a parameter is in this worker's partition."""
+    """Stages 1 and 2: `_hp_mapping` says which piece of a parameter is in our partition."""
     for parameter in parameters:
         mapping = parameter._hp_mapping
         if mapping is None:  # wholly in another worker's partition
@@ -122,7 +122,7 @@ def fragments_of(engine: Any, model: torch.nn.Module, rank: int) -> list[Fragmen
         held = {id(p) for group in engine.basic_optimizer.param_groups for p in group["params"]}
         return list(_plain(names, [p for p in parameters if id(p) in held]))
     if stage == 3:
-        held = {key for key in engine.optimizer.grad_position}
+        held = set(engine.optimizer.grad_position)
         mine = [p for p in parameters if engine.optimizer.get_param_id(p) in held]
         return list(_partitioned_parameters(names, mine, engine.optimizer, rank))
     mine = [p for p in parameters if hasattr(p, "_hp_mapping")]
