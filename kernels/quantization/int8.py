@@ -113,7 +113,7 @@ def dequantize_weight(codes: Tensor, scales: Tensor) -> Tensor:
 
 
 def linear(codes: Tensor, grid: Grid, weight: Tensor, scales: Tensor) -> Tensor:
-    """Integer product of activation codes (N, D) uint8 and weight codes (R, D) int8: (N, R) float32.
+    """Product of activation codes (N, D) uint8 and weight codes (R, D) int8: (N, R) float32.
 
     The products are summed as integers by oneDNN; scales are applied to the sums. Exact for grids
     of at most 7 bits on any processor.
