@@ -7,7 +7,6 @@ Two things are secrets: the text in a field whose name says so (`hf_token`, `db_
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -31,7 +30,7 @@ def is_secret_name(name: str) -> bool:
     """Whether a field of this name holds a secret: by whole words, so `tokenizer` does not."""
     words = [word.lower() for word in _WORD.findall(name)]
     singular = [word[:-1] if word.endswith("s") else word for word in words]
-    pairs = itertools.pairwise(singular)
+    pairs = zip(words, singular[1:], strict=False)  # `access_keys`: only the last is a plural
     return not _SECRET_WORDS.isdisjoint([*words, *singular]) or any(
         p in _SECRET_PAIRS for p in pairs
     )

@@ -1,0 +1,163 @@
+"""The doctor: every check ends in a finding, whatever the machine is like."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from goldcrest.cluster import doctor
+from goldcrest.cluster.doctor import Check, summary_lines
+
+
+def test_this_machine_is_well_where_it_must_be(tmp_path: Path) -> None:
+    """The suite itself needs these to be right."""
+    for check in (doctor.check_python(), doctor.check_packages(), doctor.check_cpu()):
+        assert check.status in ("ok", "warning"), check.detail
+    assert "torch" in doctor.check_packages().detail
+    store = doctor.check_store(str(tmp_path / "store"))
+    assert store.status == "ok", store.detail
+    assert doctor.check_espeak().status == "ok"
+    assert "MP3" in doctor.check_audio().detail
+
+
+def test_a_store_that_cannot_be_written_is_a_failure(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    check = doctor.check_store(str(tmp_path / "file" / "store"))
+    assert check.status == "failure"
+    assert str(tmp_path / "file") in check.detail
+    assert check.hint
+
+
+def test_missing_and_wrong_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = ["numpy>=999", "goldcrest-no-such-package>=1", 'ruff>=1; extra == "dev"']
+    monkeypatch.setattr(importlib.metadata, "requires", lambda _: wanted)
+    check = doctor.check_packages()
+    assert check.status == "failure"
+    assert "goldcrest-no-such-package is missing" in check.detail
+    assert "is not >=999" in check.detail
+    assert "ruff" not in check.detail
+
+
+@pytest.mark.parametrize(
+    ("free", "status"), [(20 << 30, "ok"), (5 << 30, "warning"), (1 << 20, "failure")]
+)
+def test_disk_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, status: str
+) -> None:
+    import shutil
+    from types import SimpleNamespace
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    assert doctor.check_disk(str(tmp_path / "not" / "yet" / "there")).status == status
+    assert "store" not in doctor.check_disk("s3://bucket/x").detail
+
+
+def test_little_memory_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "MIN_MEMORY", 1 << 60)
+    assert doctor.check_memory().status == "warning"
+
+
+def test_a_check_that_breaks_is_itself_the_finding() -> None:
+    def broken() -> Check:
+        raise RuntimeError("at s3://k:secret@b")
+
+    check = doctor._guarded("store", broken)
+    assert check.status == "failure"
+    assert check.detail == "RuntimeError: at s3://***@b"
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("import sys; sys.exit('no driver')", "failed: no driver"),
+        ("import os; os.kill(os.getpid(), 11)", "was killed by signal 11"),
+        ("pass", "failed: exit code 0"),
+    ],
+)
+def test_children_that_fail_are_named_in_words(code: str, said: str) -> None:
+    line, reason = doctor._finish(doctor._child(code), "the child")
+    assert line == ""
+    assert said in reason
+
+
+def test_a_child_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "CHILD_SECONDS", 0.5)
+    child = doctor._child("import time; time.sleep(60)")
+    assert doctor._finish(child, "the child") == ("", "the child did not answer within 0 s")
+    assert child.poll() is not None
+
+
+class FakeRay:
+    """Answers as the child that starts Ray does."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, knock: str) -> None:
+        facts = '{"version": "2", "start": 1.0, "nodes": 1, "resources": {"CPU": 2}, "gcs": "h:1"}'
+        real = doctor._child
+
+        def child(code: str, *arguments: str, **more: str) -> subprocess.Popen[str]:
+            return real(f"print({facts!r})" if code == doctor._RAY else f"print({knock!r})")
+
+        monkeypatch.setattr(doctor, "_child", child)
+
+
+@pytest.mark.parametrize(
+    ("knock", "status", "said"),
+    [
+        ("closed", "ok", "strangers are turned away"),
+        ("open", "failure", "runs anybody's code"),
+        ("unknown: timeout", "warning", "unknown: timeout"),
+    ],
+)
+def test_an_open_cluster_is_a_failure(
+    monkeypatch: pytest.MonkeyPatch, knock: str, status: str, said: str
+) -> None:
+    FakeRay(monkeypatch, knock)
+    check = doctor.check_ray(None)
+    assert check.status == status
+    assert said in check.detail
+
+
+def test_a_cluster_that_is_not_there_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = doctor._child
+    monkeypatch.setattr(
+        doctor, "_child", lambda code, *a, **k: real("import sys; sys.exit('no cluster')")
+    )
+    check = doctor.check_ray("10.0.0.1:6379")
+    assert check.status == "failure"
+    assert "Ray at 10.0.0.1:6379 failed: no cluster" in check.detail
+
+
+def test_the_door_of_a_real_cluster(ray_cluster: None) -> None:
+    """Ray 2.60 asks for a token by default; a knock without one is turned away."""
+    import ray
+
+    assert doctor._knock(ray.get_runtime_context().gcs_address) == "closed"
+
+
+def test_one_failure_makes_the_whole_not_ok(monkeypatch: pytest.MonkeyPatch) -> None:
+    def finding(name: str, status: Any) -> Check:
+        return Check(name=name, status=status, detail="d", hint="h" if status != "ok" else "")
+
+    names = [name for name in vars(doctor) if name.startswith("check_")]
+    for name in names:
+        monkeypatch.setattr(doctor, name, lambda *_, n=name: finding(n, "ok"))
+    assert doctor.diagnose(store="x")["ok"] is True
+    monkeypatch.setattr(doctor, "check_gpu", lambda: finding("gpu", "warning"))
+    assert doctor.diagnose(store="x")["ok"] is True
+    monkeypatch.setattr(doctor, "check_ray", lambda _: finding("ray", "failure"))
+    found = doctor.diagnose(store="x")
+    assert found["ok"] is False
+    lines = summary_lines(found["checks"])
+    assert sum("FAILURE" in line for line in lines) == 1
+    assert len(found["checks"]) == len(names)
+
+
+def test_mlflow_is_imported_and_a_missing_server_is_only_a_warning() -> None:
+    assert doctor.check_mlflow(None).status == "ok"
+    check = doctor.check_mlflow("http://127.0.0.1:9")  # the discard port: nobody listens there
+    assert check.status == "warning"
+    assert "--no-tracking" in check.hint
