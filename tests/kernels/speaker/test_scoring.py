@@ -1,14 +1,12 @@
-"""Crops, cosine scores, fusion and adaptive s-norm."""
+"""Cosine scores, fusion and adaptive s-norm."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 from goldcrest.kernels.metrics.verification import equal_error_rate
 from goldcrest.kernels.speaker.asnorm import Settings, asnorm_scores, cohort_statistics
-from goldcrest.kernels.speaker.crops import even_crops, random_crop, wrap_pad
 from goldcrest.kernels.speaker.scoring import (
     cosine_scores,
     crop_scores,
@@ -43,34 +41,6 @@ def test_crops_that_are_the_utterance_give_the_cosine() -> None:
     np.testing.assert_allclose(
         crop_scores(full, crops, [0, 1], [2, 3]), cosine_scores(full, [0, 1], [2, 3])
     )
-
-
-def test_wrap_padding_repeats_from_the_start() -> None:
-    features = torch.arange(6.0).reshape(2, 3)
-    expected = torch.tensor([[0.0, 1, 2, 0, 1], [3, 4, 5, 3, 4]])
-    torch.testing.assert_close(wrap_pad(features, 5), expected)
-    assert wrap_pad(features, 2) is features
-    with pytest.raises(ValueError, match="no frames"):
-        wrap_pad(features[:, :0], 5)
-
-
-def test_even_crops_begin_at_equal_distances() -> None:
-    features = torch.arange(100.0)[None]
-    crops = even_crops(features, 20, 5)  # starts 0, 20, 40, 60, 80
-    assert crops.shape == (5, 1, 20)
-    assert crops[:, 0, 0].tolist() == [0.0, 20.0, 40.0, 60.0, 80.0]
-    assert crops[-1, 0, -1] == 99.0
-    assert even_crops(features[:, :7], 20, 3).shape == (3, 1, 20)
-    with pytest.raises(ValueError, match="at least 1"):
-        even_crops(features, 20, 0)
-
-
-def test_random_crops_cover_every_start() -> None:
-    features = torch.arange(12.0)[None]
-    rng = np.random.default_rng(0)
-    starts = {int(random_crop(features, 10, rng)[0, 0]) for _ in range(100)}
-    assert starts == {0, 1, 2}
-    assert random_crop(features, 30, rng).shape == (1, 30)
 
 
 def test_fusion_does_not_depend_on_a_system_s_scale() -> None:
