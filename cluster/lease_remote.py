@@ -77,13 +77,16 @@ class BucketLeases:
     def _wait_for_turn(self, lease: Lease, wait: Callable[[str], None] | None) -> bool:
         """Step 3, with a heartbeat of our own so that nobody takes us for dead in the queue."""
         silence, waiting, pauses = Silence(), Waiting(wait), polls()
+        known: dict[str, Claim] = {}
         beat_at = time.monotonic()
         while True:
-            ahead = [claim for claim in self._claims(lease.key) if _before(claim, lease)]
-            ahead = [claim for claim in ahead if not self._fence_off(lease.key, claim, silence)]
+            ahead = [claim for claim in self._claims(lease.key, known) if _before(claim, lease)]
             if not ahead:
                 return self.holds(lease)
-            waiting.tell(ahead[0].record.owner, ahead[0].record.process)
+            first = known.pop(ahead[0].nonce)  # read afresh at the next look, the others are not
+            if self._fence_off(lease.key, first, silence):
+                continue
+            waiting.tell(first.record.owner, first.record.process)
             if time.monotonic() - beat_at > lease.ttl / HEARTBEATS_PER_TTL:
                 if not self.renew(lease):
                     return False
@@ -98,19 +101,27 @@ class BucketLeases:
         self._bucket.put(f"leases/{key}/{claim.nonce}.fenced", claim.text)
         return True
 
-    def _claims(self, key: str) -> list[Claim]:
-        """The claims on a key that have no tombstone, smallest number first."""
+    def _claims(self, key: str, known: dict[str, Claim] | None = None) -> list[Claim]:
+        """The claims on a key that have no tombstone, smallest number first.
+
+        A number once chosen never changes, so claims in `known` that have one are not read again.
+        """
+        known = {} if known is None else known
         names = self._bucket.names(f"leases/{key}")
         fenced = {name.removesuffix(".fenced") for name in names if name.endswith(".fenced")}
+        standing = [name.removesuffix(".json") for name in names if name.endswith(".json")]
         claims = []
-        for name in names:
-            nonce = name.removesuffix(".json")
-            if not name.endswith(".json") or nonce in fenced:
+        for nonce in standing:
+            if nonce in fenced:
                 continue
-            text = self._bucket.get(f"leases/{key}/{name}")
-            if text is not None:
-                record = Record.parse(text)
-                claims.append(Claim(nonce=nonce, number=_number(text), record=record, text=text))
+            if nonce not in known or known[nonce].number == 0:
+                text = self._bucket.get(f"leases/{key}/{nonce}.json")
+                if text is None:
+                    continue
+                known[nonce] = Claim(
+                    nonce=nonce, number=_number(text), record=Record.parse(text), text=text
+                )
+            claims.append(known[nonce])
         return sorted(claims, key=lambda claim: (claim.number, claim.nonce))
 
     def held(self, key: str) -> bool:

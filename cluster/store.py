@@ -108,7 +108,9 @@ class Store(ABC):
         try:
             parts = urlsplit(text)
         except ValueError as error:
-            raise InputError(f"'{text}' is no URI: {error}", hint="give a folder or a URI") from None
+            raise InputError(
+                f"'{text}' is no URI: {error}", hint="give a folder or a URI"
+            ) from None
         if parts.scheme == "file":
             if parts.netloc not in ("", "localhost"):
                 raise InputError(

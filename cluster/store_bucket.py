@@ -120,7 +120,7 @@ class Bucket:
             return
 
     def _path(self, name: str) -> str:
-        return f"{self._base}/{name}"
+        return f"{self._base}/{name}" if name else self._base
 
 
 def _from_fsspec(uri: str) -> tuple[FileSystem, str]:

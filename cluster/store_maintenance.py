@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from goldcrest.cluster.lease import FileLeases
 from goldcrest.cluster.process_id import ProcessId
 from goldcrest.cluster.store import remove_tree, workplace_facts
+from goldcrest.cluster.store_stamps import BELIEVED_SECONDS
 
 if TYPE_CHECKING:
     from goldcrest.cluster.store_local import LocalStore
@@ -138,7 +139,7 @@ def _leases(leases: FileLeases, grace: float) -> Iterator[Candidate]:
 
 
 def _stamps(store: LocalStore, grace: float) -> Iterator[Candidate]:
-    """Notes about what was verified, for artifacts that are gone."""
+    """Notes about what was verified: of artifacts that are gone, or of long ago."""
     for folder in _list(store.root / "verified"):
         for path in _list(folder):
             gone = (
@@ -147,6 +148,8 @@ def _stamps(store: LocalStore, grace: float) -> Iterator[Candidate]:
             )
             if gone and _age(path) > min(grace, 3600.0):
                 yield "verification note", path, "its artifact is gone"
+            elif _age(path) > BELIEVED_SECONDS:
+                yield "verification note", path, "it is too old to be believed"
 
 
 def _artifacts(store: LocalStore, keep: set[str], older_than: float) -> Iterator[Candidate]:

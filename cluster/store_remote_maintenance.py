@@ -44,7 +44,11 @@ def collect(
 ) -> list[dict[str, Any]]:
     """Remove (or only list) all garbage of a bucket. Arguments and rows as in `Store.gc`."""
     now = store.bucket.now()
-    found = [*_attempts(store, keep, now, older_than, grace), *_claims(store, now, grace)]
+    found = [
+        *_attempts(store, keep, now, older_than, grace),
+        *_claims(store, now, grace),
+        *_half_written(store, now, grace),
+    ]
     rows = []
     for group in found:
         size = sum(store.bucket.size(name) for name in group.names)
@@ -104,3 +108,18 @@ def _claims(store: RemoteStore, now: float, grace: float) -> Iterator[Garbage]:
             yield Garbage(
                 what="lease", key=key, path=path, names=[path], reason="its owner is gone"
             )
+
+
+def _half_written(store: RemoteStore, now: float, grace: float) -> Iterator[Garbage]:
+    """What a `put` or a look at the clock left behind when its process died."""
+    for folder in ("clock", "quarantine", "runs"):
+        for name, written in store.bucket.times(folder, recursive=True).items():
+            if (folder == "clock" or name.endswith(".part")) and now - written >= grace:
+                path = f"{folder}/{name}"
+                yield Garbage(
+                    what="half-written",
+                    key="",
+                    path=path,
+                    names=[path],
+                    reason="its writer is gone",
+                )

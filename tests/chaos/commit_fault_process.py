@@ -87,7 +87,7 @@ def watch_bucket(strike):
 
         setattr(Bucket, name, struck)
 
-    for name in ("put", "upload", "get", "times", "delete"):
+    for name in ("put", "_write", "upload", "get", "times", "delete"):
         wrap(name)
 
 

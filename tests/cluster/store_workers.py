@@ -29,6 +29,7 @@ def compute(uri, key, log):
 
 def race(uri, key, count, log):
     """Fork `count` workers; the number of those that failed."""
+    Store.open(uri)  # imports happen once, before the fork
     children = []
     for _ in range(int(count)):
         child = os.fork()

@@ -45,7 +45,7 @@ def whats(rows):
 
 
 def age(folder: Path, seconds: float) -> None:
-    """Make a tree look old."""
+    """Make a tree or a file look old."""
     then = time.time() - seconds
     for path in [*folder.rglob("*"), folder]:
         os.utime(path, (then, then))
@@ -119,6 +119,17 @@ def test_old_leases_go_and_fresh_ones_stay(store):
         rows = store.gc()
         assert [Path(row["path"]).name for row in rows] == [KEY]
         assert (store.root / "leases" / OTHER).exists()
+
+
+def test_old_verification_notes_go(store):
+    put(store, KEY)
+    for key, days in ((KEY, 1), (OTHER, 1), (KEY, 8)):
+        note = store.stamps.folder / f"{key}.json"
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text("{}")
+        age(note, days * 86400)
+        rows = [row for row in store.gc() if row["what"] == "verification note"]
+        assert len(rows) == (0 if (key, days) == (KEY, 1) else 1)
 
 
 def test_artifacts_only_on_request_and_by_age(store):
