@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 from goldcrest.cluster.errors import GoldcrestError
@@ -13,6 +12,7 @@ from goldcrest.cluster.runtime import first_line
 
 _FATAL = re.compile(r"Fatal Python error: (.+)|\*\*\* (SIG\w+) received")
 _LOG_LINES = 20
+_LOG_SEARCHED = 400
 
 
 def in_words(seconds: float) -> str:
@@ -36,17 +36,20 @@ def describe_failure(
     `exit_status` is what the step passed to `os._exit`, if it did; `timed_out` its timeout in
     seconds, if it was stopped for that.
     """
-    lines = last_lines(log, _LOG_LINES)
+    lines = last_lines(log, _LOG_SEARCHED)
+    fatal = next((i for i in reversed(range(len(lines))) if _FATAL.search(lines[i])), None)
+    shown = lines[-_LOG_LINES:]
+    if fatal is not None:  # the stack behind such a line is long and ends in nothing of interest
+        first = max(0, fatal - _LOG_LINES // 2)
+        shown = lines[first : first + _LOG_LINES]
     if timed_out is not None:
         message = f"the step ran longer than its timeout of {in_words(timed_out)} and was stopped"
-        return Failure(step=step, message=message, hint="raise timeout= of the task", log=lines)
-    message, hint = _message(error, lines, exit_status)
-    return Failure(step=step, message=message, hint=hint, log=lines)
+        return Failure(step=step, message=message, hint="raise timeout= of the task", log=shown)
+    message, hint = _message(error, "" if fatal is None else lines[fatal], exit_status)
+    return Failure(step=step, message=message, hint=hint, log=shown)
 
 
-def _message(
-    error: BaseException, lines: Sequence[str], exit_status: int | None
-) -> tuple[str, str | None]:
+def _message(error: BaseException, fatal: str, exit_status: int | None) -> tuple[str, str | None]:
     import ray.exceptions as failures
 
     cause = error
@@ -61,7 +64,7 @@ def _message(
             "use smaller batches or fewer workers, or a node with more memory",
         )
     if isinstance(cause, failures.WorkerCrashedError | failures.LocalRayletDiedError):
-        return _crash(lines, exit_status)
+        return _crash(fatal, exit_status)
     if isinstance(cause, failures.TaskCancelledError):
         return "the step was cancelled", None
     if isinstance(cause, failures.NodeDiedError | failures.ObjectLostError):
@@ -73,15 +76,14 @@ def _message(
     return (f"{kind}: {text}" if text != kind else kind), None
 
 
-def _crash(lines: Sequence[str], exit_status: int | None) -> tuple[str, str | None]:
-    """A process that ended without an exception."""
+def _crash(fatal: str, exit_status: int | None) -> tuple[str, str | None]:
+    """A process that ended without an exception; `fatal` is the line of its log that says how."""
     if exit_status is not None:
         return f"the step ended its process with os._exit({exit_status})", "raise an error instead"
-    fatal = next(filter(None, (_FATAL.search(line) for line in reversed(lines))), None)
-    if fatal is not None:
-        what = (fatal[1] or fatal[2]).strip()
+    found = _FATAL.search(fatal)
+    if found is not None:
         return (
-            f"the step's process crashed in native code: {what}",
+            f"the step's process crashed in native code: {(found[1] or found[2]).strip()}",
             "the stack in its log shows where",
         )
     return (

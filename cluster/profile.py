@@ -233,6 +233,7 @@ def attach(profile: Profile) -> Literal["attached", "joined", "started"]:
     if ray.is_initialized():
         return "attached"
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # its warnings may go to a file
     wanted = profile.ray
     arguments: dict[str, Any] = {"address": wanted.address, "logging_level": "ERROR"}
     if wanted.runtime_env:

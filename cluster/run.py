@@ -9,6 +9,7 @@ ends early, however, is continued by the same command: everything finished lies 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -164,7 +165,7 @@ class _Driver:
                 folder=self.folder,
             )
         )
-        self._progress.skip_old([planned.step.name for planned in self.plan.to_run])
+        self._forget_earlier_attempts()
         remote = ray.remote(execute_step)
         for planned in self.plan.to_run:
             step = planned.step
@@ -176,6 +177,14 @@ class _Driver:
                 "retry_exceptions": list(step.task.retry_on) or False,
             }
             self._references[step.name] = remote.options(**options).remote(step, context, *upstream)
+
+    def _forget_earlier_attempts(self) -> None:
+        """Under the name of an earlier run, its logs and progress are there still."""
+        names = [planned.step.name for planned in self.plan.to_run]
+        self._progress.skip_old(names)
+        for name in names:
+            with contextlib.suppress(OSError):
+                (self.folder / "logs" / f"{name}.log").unlink(missing_ok=True)
 
     def _watch(self) -> None:
         """Follow the steps until all are settled."""

@@ -213,3 +213,20 @@ def thread_count(_: int) -> tuple[str, int]:
     import torch
 
     return os.environ["OMP_NUM_THREADS"], torch.get_num_threads()
+
+
+@task(cpus=0)
+def coordinate(cfg: NumberConfig, out: Output) -> None:
+    """Hand out a map and a stream, holding nothing itself."""
+    import pyarrow.parquet as pq
+
+    total = sum(out.runtime.map(_times_one, [cfg.value] * 4, note=f"map {cfg.value}"))
+    shard = out.scratch / "x.parquet"
+    shard.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"x": range(50)}), shard)
+    tables = out.runtime.stream([shard], Doubler, {"factor": 2}, workers=2, batch_rows=10)
+    out.json("number", total + sum(x for x, _ in rows_of(tables)))
+
+
+def _times_one(item: int) -> int:
+    return item
