@@ -54,6 +54,7 @@ def write_bundle(
 ) -> None:
     """Write a bundle into the step's artifact; `packed` names weights to store with bitmasks."""
     out.tensors("model", pack_state(dict(tensors), packed) if packed else tensors)
+    weights = [value for value in tensors.values() if value.is_floating_point()]
     description = {
         "schema": SCHEMA,
         "kind": KIND,
@@ -62,12 +63,27 @@ def write_bundle(
         "network": dict(network),
         "front_end": dict(front_end),
         "packed": packed or [],
+        "parameters": sum(value.numel() for value in weights),
+        "sparsity": zero_share(tensors),
         "sample_rate": 16_000,
         "licence": "the model inherits the terms of the speech that it was trained on",
         **facts,
     }
     out.json("bundle", description)
     out.text("MODEL_CARD.md", model_card(description))
+
+
+def zero_share(tensors: Mapping[str, Tensor]) -> float:
+    """Share of zeros among the weights with two dimensions or more, in [0, 1]."""
+    matrices = [value for value in tensors.values() if value.ndim >= 2]
+    total = sum(value.numel() for value in matrices)
+    zeros = sum(int((value == 0).sum()) for value in matrices)
+    return round(zeros / total, 6) if total else 0.0
+
+
+def bundle_bytes(folder: Path) -> int:
+    """Bytes of what serving needs: weights and description."""
+    return sum((folder / name).stat().st_size for name in ("model.safetensors", "bundle.json"))
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -112,7 +128,7 @@ def load_bundle(folder: Path | str) -> SpeakerModel:
     if facts["name"] == "int8":
         from goldcrest.kernels.quantization.int8_ecapa import Int8Ecapa
 
-        module = Int8Ecapa.from_tensors(load_state(folder), network_settings(facts["network"]))
+        module = Int8Ecapa.from_tensors(load_state(folder), facts["int8"])
     else:
         module = load_network(folder)
 

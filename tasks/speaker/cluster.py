@@ -120,29 +120,23 @@ def _measure(
     corpus: Artifact | None,
     out: Output,
 ) -> None:
-    from goldcrest.kernels.metrics import clustering as measures
+    from goldcrest.kernels.metrics.clustering import clustering_metrics, supervised_metrics
 
-    facts: dict[str, Any] = {"clusters_asked": clusters, "clusters": int(labels.max()) + 1}
     sizes = np.bincount(labels)
-    facts |= {"smallest": int(sizes.min()), "largest": int(sizes.max())}
+    facts: dict[str, Any] = {
+        "clusters_asked": clusters,
+        "smallest": int(sizes.min()),
+        "largest": int(sizes.max()),
+        **clustering_metrics(labels, x=found.matrix),
+    }
     if corpus is not None:
         speaker_of = facts_by_id(corpus, "speaker")
         known = np.array([speaker_of.get(name) is not None for name in found.ids])
-        if known.sum() > 1:
-            truth = np.unique(
-                [str(speaker_of[n]) for n, k in zip(found.ids, known, strict=True) if k],
-                return_inverse=True,
-            )[1]
-            facts |= {
-                name: float(value)
-                for name, value in measures.supervised_metrics(labels[known], truth).items()
-            }
+        if known.any():
+            names = [str(speaker_of[n]) for n, k in zip(found.ids, known, strict=True) if k]
+            truth = np.unique(names, return_inverse=True)[1]
+            facts |= supervised_metrics(labels[known], truth)
             facts["speakers"] = int(truth.max()) + 1
-    if 1 < facts["clusters"] < len(labels):
-        facts |= {
-            name: float(value)
-            for name, value in measures.unsupervised_metrics(found.matrix, labels).items()
-        }
     out.metrics(clustering={method: facts})
 
 

@@ -1,0 +1,361 @@
+"""Evaluate: verification on speakers that no step trained on, and size and speed of each bundle.
+
+Systems: `meanstd` (plain vector), `ivector` (no network), the bundles `dense`, `sparse`, `int8`,
+and `fusion` (mean of the z-normalised scores of i-vector and dense). EERs are percent, by linear
+interpolation, with bootstrap intervals over speakers. Trials among the training speakers ("seen")
+are reported apart, under `verification_seen`.
+
+Artifact: scores (one row per trial), calibration (thresholds), figures det and scores.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from goldcrest.cluster.api import (
+    Artifact,
+    Config,
+    DoesNotChangeResult,
+    InputError,
+    InputFiles,
+    Output,
+    task,
+)
+from goldcrest.tasks.data import audio
+from goldcrest.tasks.data.frames import FrameReader
+from goldcrest.tasks.speaker.embed import embed_rows
+from goldcrest.tasks.speaker.vectors import facts_by_id
+
+COSTS = (0.01, 0.05)  # target priors of the reported minDCF
+
+
+class EvaluateConfig(Config):
+    """Trials, intervals and timing."""
+
+    trials: Annotated[str | None, InputFiles] = Field(
+        None, description="trial list, lines `label utterance utterance`; None: drawn from labels"
+    )
+    max_targets: int = Field(4_000, ge=1, description="target trials per corpus at most")
+    max_nontargets: int = Field(4_000, ge=1, description="non-target trials per corpus at most")
+    bootstrap: int = Field(500, ge=10, description="replicates of the confidence intervals")
+    fusion_weight: float = Field(
+        0.5, ge=0, le=1, description="weight of the dense network beside the i-vector"
+    )
+    timed_utterances: int = Field(40, ge=1, description="utterances that latency is measured on")
+    shard_utterances: Annotated[int, DoesNotChangeResult] = Field(
+        500, ge=1, description="utterances per piece of work"
+    )
+
+
+@dataclass(frozen=True)
+class TrialSet:
+    """K trials over the utterances `ids`: indices (K,), target (K,) bool, corpus (K,)."""
+
+    ids: list[str]
+    first: np.ndarray
+    second: np.ndarray
+    target: np.ndarray
+    corpus: np.ndarray
+
+
+@task(cpus=0, timeout="12h")
+def evaluate(
+    cfg: EvaluateConfig,
+    corpus: Artifact,
+    features: Artifact,
+    ivectors: Artifact,
+    dense: Artifact,
+    sparse: Artifact | None,
+    int8: Artifact | None,
+    out: Output,
+) -> None:
+    """Score the trials with every system; measure every bundle."""
+    bundles = {"dense": dense, "sparse": sparse, "int8": int8}
+    present = {name: artifact for name, artifact in bundles.items() if artifact is not None}
+    for artifact in present.values():
+        artifact.file("model.safetensors")
+    for split, section in (("eval", "verification"), ("train", "verification_seen")):
+        trials = _trials(cfg, corpus, split, out)
+        if trials is None:
+            out.metrics(**{section: {}})
+            continue
+        out.progress(None, f"{len(trials.target)} {split} trials")
+        scores = _score(cfg, trials, features, ivectors, present, out)
+        _report(cfg, section, trials, scores, corpus, out)
+    _measure_bundles(cfg, corpus, present, out)
+
+
+def _trials(cfg: EvaluateConfig, corpus: Artifact, split: str, out: Output) -> TrialSet | None:
+    if cfg.trials is not None:
+        return _given_trials(Path(cfg.trials), corpus) if split == "eval" else None
+    from goldcrest.kernels.metrics.trials import make_trials
+
+    facts = corpus.table("facts")
+    facts = facts.filter(pc.and_(pc.equal(facts["split"], split), pc.is_valid(facts["speaker"])))
+    if facts.num_rows < 2:
+        return None
+    try:
+        made = make_trials(
+            facts["speaker"].to_pylist(),
+            facts["corpus"].to_pylist(),
+            facts["sex"].to_pylist(),
+            max_targets=cfg.max_targets,
+            max_nontargets=cfg.max_nontargets,
+            seed=out.seed,
+        )
+    except ValueError as reason:
+        out.metrics(notes={f"{split}_trials": str(reason)})
+        return None
+    if made.left_out:
+        out.metrics(notes={f"{split}_left_out": dict(made.left_out)})
+    return TrialSet(facts["id"].to_pylist(), made.first, made.second, made.target, made.corpus)
+
+
+def _given_trials(path: Path, corpus: Artifact) -> TrialSet:
+    """Read a trial list; utterances by id, or by id without the corpus where that is unique."""
+    facts = corpus.table("facts", ["id", "corpus"])
+    ids = facts["id"].to_pylist()
+    place = {name: number for number, name in enumerate(ids)}
+    for number, name in enumerate(ids):
+        place.setdefault(name.partition("/")[2], number)
+    rows = []
+    for line_number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        parts = line.split()
+        if len(parts) != 3 or parts[0] not in ("0", "1"):
+            raise InputError(f"{path}:{line_number}: a trial is `label utterance utterance`")
+        for name in parts[1:]:
+            if name not in place:
+                raise InputError(f"{path}:{line_number}: utterance '{name}' is not in the corpora")
+        rows.append((parts[0] == "1", place[parts[1]], place[parts[2]]))
+    if not rows or len({row[0] for row in rows}) < 2:
+        raise InputError(f"{path} needs target (1) and non-target (0) trials")
+    target, first, second = (np.array(column) for column in zip(*rows, strict=True))
+    corpora = np.array(facts["corpus"].to_pylist())
+    return TrialSet(ids, first, second, target, corpora[first])
+
+
+def _score(
+    cfg: EvaluateConfig,
+    trials: TrialSet,
+    features: Artifact,
+    ivectors: Artifact,
+    bundles: Mapping[str, Artifact],
+    out: Output,
+) -> dict[str, np.ndarray]:
+    """Scores (K,) of every system, higher for the same speaker."""
+    from goldcrest.kernels.speaker import scoring
+
+    def cosine(matrix: np.ndarray) -> np.ndarray:
+        return scoring.cosine_scores(matrix, trials.first, trials.second)
+
+    used = np.unique(np.concatenate([trials.first, trials.second]))
+    scores = {
+        "meanstd": cosine(_standardised(_lookup(ivectors, "baseline", "meanstd", trials.ids))),
+        "ivector": cosine(_lookup(ivectors, "vectors", "vector", trials.ids)),
+    }
+    reader = FrameReader(features.file("fbank.arrow"))
+    rows = reader.rows()
+    for name, artifact in bundles.items():
+        wanted = np.array([rows[trials.ids[int(place)]] for place in used])
+        size = cfg.shard_utterances
+        ranges = [wanted[start : start + size] for start in range(0, len(wanted), size)]
+        work = functools.partial(embed_rows, folder=artifact.path, reader=reader)
+        vectors = np.concatenate(list(out.runtime.map(work, ranges, note=f"embed {name}")))
+        full = np.zeros((len(trials.ids), vectors.shape[1]), np.float32)
+        full[used] = vectors
+        scores[name] = cosine(full)
+    weights = [1.0 - cfg.fusion_weight, cfg.fusion_weight]
+    scores["fusion"] = scoring.fuse([scores["ivector"], scores["dense"]], weights)
+    return scores
+
+
+def _lookup(artifact: Artifact, table: str, column: str, ids: list[str]) -> np.ndarray:
+    """(N, D) vectors of clean utterances, zero where the table does not know the id."""
+    names = artifact.table(table, ["id"] if table == "baseline" else ["id", "copy"])
+    matrix = artifact.matrix(table, column)
+    copies = names["copy"].to_numpy() if "copy" in names.column_names else np.zeros(len(matrix))
+    place = {
+        name: row
+        for row, (name, copy) in enumerate(zip(names["id"].to_pylist(), copies, strict=True))
+        if copy == 0
+    }
+    found = np.zeros((len(ids), matrix.shape[1]), matrix.dtype)
+    for number, name in enumerate(ids):
+        if name in place:
+            found[number] = matrix[place[name]]
+    return found
+
+
+def _standardised(matrix: np.ndarray) -> np.ndarray:
+    """Columns to mean 0 and deviation 1: raw means and deviations have unlike scales."""
+    return (matrix - matrix.mean(0)) / np.maximum(matrix.std(0), 1e-6)
+
+
+def _report(
+    cfg: EvaluateConfig,
+    section: str,
+    trials: TrialSet,
+    scores: Mapping[str, np.ndarray],
+    corpus: Artifact,
+    out: Output,
+) -> None:
+    from goldcrest.kernels.metrics import verification as metrics
+
+    speaker_of = facts_by_id(corpus, "speaker")
+    names = np.array([speaker_of.get(name) or name for name in trials.ids])
+    speakers = (names[trials.first], names[trials.second])
+    found: dict[str, Any] = {}
+    calibration: dict[str, Any] = {}
+    for system, values in scores.items():
+        interval = metrics.bootstrap_eer(
+            values, trials.target, speakers, replicates=cfg.bootstrap, seed=out.seed
+        )
+        found[system] = {
+            "eer": 100.0 * metrics.equal_error_rate(values, trials.target),
+            "eer_ci": [100.0 * interval.low, 100.0 * interval.high],
+            **{
+                f"min_dcf_{prior}": metrics.min_dcf(values, trials.target, prior) for prior in COSTS
+            },
+            "trials": len(values),
+            "eer_by_corpus": {
+                str(name): 100.0
+                * metrics.equal_error_rate(
+                    values[trials.corpus == name], trials.target[trials.corpus == name]
+                )
+                for name in np.unique(trials.corpus)
+                if len(np.unique(trials.target[trials.corpus == name])) == 2
+            },
+        }
+        calibration[system] = thresholds(values, trials.target)
+    out.metrics(**{section: found})
+    out.json(f"calibration_{section}", calibration)
+    columns: dict[str, Any] = {
+        "first": [trials.ids[int(place)] for place in trials.first],
+        "second": [trials.ids[int(place)] for place in trials.second],
+        "target": pa.array(trials.target),
+        "corpus": trials.corpus.tolist(),
+    }
+    out.table(f"scores_{section}", columns | {name: scores[name] for name in scores})
+    out.figure(f"det_{section}", det_figure(scores, trials.target))
+    out.figure(f"scores_{section}", score_figure(scores, trials.target))
+
+
+def thresholds(scores: np.ndarray, target: np.ndarray) -> dict[str, float]:
+    """Score thresholds: at the equal error rate, and at chosen false-accept rates."""
+    from goldcrest.kernels.metrics.verification import det_curve
+
+    curve = det_curve(scores, target)
+    finite = np.isfinite(curve.thresholds)
+    values, far = curve.thresholds[finite], curve.far[finite]
+    equal = int(np.argmin(np.abs(curve.frr[finite] - far)))
+    chosen = {"eer": float(values[equal])}
+    for rate in (0.1, 0.05, 0.01):
+        allowed = np.flatnonzero(far <= rate)
+        chosen[f"far_{rate}"] = float(values[allowed[0]] if len(allowed) else values[-1])
+    return chosen
+
+
+def det_figure(scores: Mapping[str, np.ndarray], target: np.ndarray) -> Any:
+    """DET curves on normal-deviate axes, one line per system."""
+    from matplotlib.figure import Figure
+    from scipy.special import ndtri
+
+    from goldcrest.kernels.metrics.verification import det_curve
+
+    figure = Figure(figsize=(5, 5))
+    axes = figure.subplots()
+    for name, values in scores.items():
+        curve = det_curve(values, target)
+        inside = (curve.far > 0) & (curve.far < 1) & (curve.frr > 0) & (curve.frr < 1)
+        axes.plot(ndtri(curve.far[inside]), ndtri(curve.frr[inside]), label=name, linewidth=1.2)
+    ticks = np.array([0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4])
+    axes.set_xticks(ndtri(ticks), [f"{100 * t:g}" for t in ticks])
+    axes.set_yticks(ndtri(ticks), [f"{100 * t:g}" for t in ticks])
+    axes.set(xlabel="false accept (%)", ylabel="false reject (%)", title="DET")
+    axes.set_xlim(*ndtri([0.003, 0.6]))
+    axes.set_ylim(*ndtri([0.003, 0.6]))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    return figure
+
+
+def score_figure(scores: Mapping[str, np.ndarray], target: np.ndarray) -> Any:
+    """Histograms of target and non-target scores, one panel per system."""
+    from matplotlib.figure import Figure
+
+    columns = 3
+    rows = -(-len(scores) // columns)
+    figure = Figure(figsize=(9, 2.2 * rows))
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat[len(scores) :]:
+        axis.remove()
+    for axis, (name, values) in zip(axes.flat, scores.items(), strict=False):
+        bins = np.linspace(values.min(), values.max(), 50)
+        axis.hist(values[~target], bins=bins, alpha=0.6, density=True, label="non-target")
+        axis.hist(values[target], bins=bins, alpha=0.6, density=True, label="target")
+        axis.set_title(name, fontsize="small")
+        axis.tick_params(labelsize="x-small")
+    axes.flat[0].legend(fontsize="x-small")
+    figure.tight_layout()
+    return figure
+
+
+def _measure_bundles(
+    cfg: EvaluateConfig, corpus: Artifact, bundles: Mapping[str, Artifact], out: Output
+) -> None:
+    """Size (facts) and speed on one thread (measurements), from waveform to embedding."""
+    import torch
+
+    from goldcrest.tasks.speaker.bundle import bundle_bytes, load_bundle, read_description
+
+    models = {name: load_bundle(artifact.path) for name, artifact in bundles.items()}
+    waveforms = _some_waveforms(corpus, cfg.timed_utterances)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    spent: dict[str, list[float]] = {name: [] for name in models}
+    try:
+        for turn, waveform in enumerate([waveforms[0], *waveforms]):
+            for name, model in models.items():  # in turn, so that all share the machine's moods
+                start = time.perf_counter()
+                model.embed_waveform(waveform)
+                if turn > 0:  # the first one warms up
+                    spent[name].append(time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(threads)
+    seconds = sum(len(waveform) for waveform in waveforms) / audio.SAMPLE_RATE
+    for name, artifact in bundles.items():
+        facts = read_description(artifact.path)
+        sizes = {key: facts[key] for key in ("parameters", "sparsity")}
+        out.metrics(models={name: {"bytes": bundle_bytes(artifact.path), **sizes}})
+        times = {
+            "rtf": sum(spent[name]) / seconds,
+            "latency_ms_p50": 1000 * statistics.median(spent[name]),
+        }
+        out.measure(models={name: times})
+
+
+def _some_waveforms(corpus: Artifact, count: int) -> list[np.ndarray]:
+    """The first `count` waveforms of the corpus, evaluation speakers first where there are any."""
+    found: list[tuple[bool, bytes]] = []
+    for shard in corpus.shards("utterances"):
+        table = pq.read_table(shard, columns=["split", "audio"])
+        is_eval = pc.equal(table["split"], "eval").to_pylist()
+        found += list(zip(is_eval, table["audio"].to_pylist(), strict=True))
+        if sum(flag for flag, _ in found) >= count:
+            break
+    ordered = sorted(found, key=lambda item: not item[0])
+    return [audio.from_pcm16(data) for _, data in ordered[:count]]
