@@ -35,6 +35,7 @@ from urllib.parse import unquote, urlsplit
 from goldcrest.cluster.artifact import Artifact
 from goldcrest.cluster.errors import InputError, StoreError
 from goldcrest.cluster.lease import Lease, LeaseBook, hold
+from goldcrest.cluster.masking import mask_text
 from goldcrest.cluster.process_id import ProcessId
 
 _KEY = re.compile(r"[0-9a-f]{64}")
@@ -59,7 +60,7 @@ def storage_error(error: OSError, path: Path | str) -> StoreError | None:
     remedy = _REMEDIES.get(number)
     if remedy is None:
         return None
-    where = error.filename or path
+    where = mask_text(str(error.filename or path))
     reason = os.strerror(number)
     return StoreError(f"the store can't be used at {where}: {reason}", hint=remedy)
 
@@ -114,7 +115,8 @@ class Store(ABC):
         if parts.scheme == "file":
             if parts.netloc not in ("", "localhost"):
                 raise InputError(
-                    f"'{text}' names the host '{parts.netloc}'", hint="write it as file:///folder"
+                    f"'{mask_text(text)}' names the host '{parts.hostname}'",
+                    hint="write it as file:///folder",
                 )
             return _open_local(Path(unquote(parts.path)))
         from goldcrest.cluster.store_remote import RemoteStore
@@ -125,7 +127,7 @@ class Store(ABC):
         return (Store.open, (self.uri,))
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.uri!r})"
+        return f"{type(self).__name__}({mask_text(self.uri)!r})"
 
     @abstractmethod
     def find(self, key: str, *, verify: bool = True) -> Artifact | None:
@@ -217,7 +219,7 @@ class Store(ABC):
     def discard(self, folder: Path) -> None:
         """Remove an unfinished folder that `begin` gave; nothing happens if it has gone."""
         if folder.parent != self.root / "tmp":
-            raise StoreError(f"{folder} is no unfinished work of the store {self.uri}")
+            raise StoreError(f"{folder} is no unfinished work of {self!r}")
         with storage_errors(folder):
             remove_tree(folder)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from goldcrest.cluster.errors import InputError
+from goldcrest.cluster.masking import mask_text
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -132,7 +133,7 @@ def _from_fsspec(uri: str) -> tuple[FileSystem, str]:
         filesystem, base = fsspec.core.url_to_fs(uri)
     except (ImportError, ValueError) as error:
         raise InputError(
-            f"'{uri}' can't be opened as a store: {error}",
+            f"'{mask_text(uri)}' can't be opened as a store: {mask_text(str(error))}",
             hint="give a local folder, or a URI that pyarrow or an installed fsspec package knows",
-        ) from error
+        ) from None
     return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), base

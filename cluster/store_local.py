@@ -93,7 +93,7 @@ class LocalStore(Store):
         if lease.key != check_key(key):
             raise StoreError(f"the lease on {lease.key[:12]} is none on {key[:12]}")
         if folder.parent != self.root / "tmp":
-            raise StoreError(f"{folder} is no unfinished work of the store {self.uri}")
+            raise StoreError(f"{folder} is no unfinished work of {self!r}")
         try:
             with storage_errors(folder):
                 self._check_lease(lease)

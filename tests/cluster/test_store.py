@@ -237,6 +237,17 @@ def test_uris(tmp_path, monkeypatch):
             Store.open(uri)
 
 
+def test_credentials_in_a_uri_are_never_shown(tmp_path, monkeypatch):
+    monkeypatch.setenv("GOLDCREST_CACHE", str(tmp_path / "cache"))
+    assert "hunter2" not in repr(Store.open("memory://me:hunter2@bucket/store"))
+    for uri in ("nosuchscheme://me:hunter2@x", "file://me:hunter2@x/y", "s3://me:hunter2@["):
+        with pytest.raises(InputError) as caught:
+            Store.open(uri)
+        assert "hunter2" not in str(caught.value)
+    told = storage_error(OSError(errno.ENOSPC, "full"), "s3://me:hunter2@bucket")
+    assert "hunter2" not in str(told)
+
+
 def test_a_file_in_the_way_is_told(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(StoreError, match="file") as caught:
