@@ -110,7 +110,7 @@ class Store(ABC):
             parts = urlsplit(text)
         except ValueError as error:
             raise InputError(
-                f"'{text}' is no URI: {error}", hint="give a folder or a URI"
+                f"'{mask_text(text)}' is no URI: {error}", hint="give a folder or a URI"
             ) from None
         if parts.scheme == "file":
             if parts.netloc not in ("", "localhost"):
