@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from goldcrest.kernels.clustering.neighbours import neighbour_distance, typical_neighbour_distance
 from goldcrest.kernels.clustering.network import Mlp, predict_logits, set_population_statistics
 from goldcrest.kernels.clustering.normalisation import Norm, apply_norm, check_norm, fit_norm
+from goldcrest.kernels.clustering.parallel import mean_over_workers
 from goldcrest.kernels.clustering.result import Clustering, Train, check_input
 from goldcrest.kernels.clustering.terms import vicreg
 from goldcrest.kernels.clustering.terms.augmentation import FixedSide, augmentation_loss
@@ -46,6 +47,18 @@ TERMS = ("imsat", "mixup", "supcon", "aug", "infonce", "vicreg_inv", "vicreg_var
 """Names of the terms. `aug` and `infonce` need augmented copies of the vectors."""
 
 
+SatDivergence = Literal["kl", "ce"]
+RadiusMode = Literal["knn", "constant"]
+
+_CHOICES = {
+    "sat_divergence": get_args(SatDivergence),
+    "vat_radius_mode": get_args(RadiusMode),
+    "mixup_space": get_args(MixSpace),
+    "supcon_anchor_mean": get_args(AnchorMean),
+    "aug_fixed": get_args(FixedSide),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """The maths of CIMC; how it is trained belongs to the engine."""
@@ -56,14 +69,15 @@ class Settings:
         default_factory=lambda: {"imsat": 1.0, "mixup": 1.0, "supcon": 1.0}
     )
     start: Mapping[str, int] = field(default_factory=dict)  # first epoch of a term, 0 if not named
+    start_certainty: float = 0.0  # terms other than imsat wait until MI/H(Y) has reached this share
     information_weight: float = 0.5  # lambda of eq. 10.2, on both entropies
     mu: float = 3.5  # mu of eq. 10.2, on H(Y): 1 is mutual information, above it equal sizes
-    sat_divergence: Literal["kl", "ce"] = "kl"  # R_SAT as KL or cross-entropy (equal gradients)
+    sat_divergence: SatDivergence = "kl"  # R_SAT as KL or cross-entropy (equal gradients)
     vat_xi: float = 0.1  # xi, length of the probe; 10 in IMSAT, for rows of norm 28
     vat_iterations: int = 1  # power iterations (I_p)
     vat_radius: float = 0.25  # eps as a share of the distance to a near neighbour
     vat_neighbour: int = 10  # which neighbour that is
-    vat_radius_mode: Literal["knn", "constant"] = "knn"  # per vector, or the median of a sample
+    vat_radius_mode: RadiusMode = "knn"  # per vector, or the median of a sample
     mixup_beta: float = 1.0  # a of Beta(a, a); 1 is uniform
     mixup_space: MixSpace = "logits"  # what is mixed: logits, or probabilities (the ablation)
     mixup_fixed_target: bool = True  # no gradient through the mixed target (VMT)
@@ -84,8 +98,10 @@ class Settings:
             if unknown:
                 allowed = ", ".join(TERMS)
                 raise ValueError(f"cimc: unknown term '{unknown[0]}' in {name}; allowed: {allowed}")
-        if not self.active(0):
-            raise ValueError("cimc: at least one term must have a positive weight from epoch 0 on")
+        if not self.active(0, 0.0):
+            raise ValueError(
+                "cimc: at least one term must have a positive weight and no wait at the start"
+            )
         if any(weight < 0 for weight in self.terms.values()):
             raise ValueError(f"cimc: weights of terms must be at least 0, got {dict(self.terms)}")
         if not self.hidden or min(self.hidden) < 1:
@@ -97,15 +113,24 @@ class Settings:
         for name in (*positive, "infonce_temperature", "information_weight"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"cimc: {name} must be above 0, got {getattr(self, name)}")
-        if self.mu < 0 or self.vat_radius < 0:
-            raise ValueError("cimc: mu and vat_radius must be at least 0")
+        for name in ("mu", "vat_radius", "vicreg_gamma"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"cimc: {name} must be at least 0, got {getattr(self, name)}")
+        if not 0 <= self.start_certainty < 1:
+            raise ValueError(f"cimc: start_certainty must be in [0, 1), got {self.start_certainty}")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                known = ", ".join(choices)
+                raise ValueError(f"cimc: unknown {name} '{getattr(self, name)}'; there are {known}")
 
-    def active(self, epoch: int) -> frozenset[str]:
-        """Terms with a positive weight whose first epoch has come."""
+    def active(self, epoch: int, certainty: float = 1.0) -> frozenset[str]:
+        """Terms with a positive weight whose first epoch and certainty (MI/H(Y)) have come."""
         return frozenset(
             name
             for name, weight in self.terms.items()
-            if weight > 0 and epoch >= self.start.get(name, 0)
+            if weight > 0
+            and epoch >= self.start.get(name, 0)
+            and (name == "imsat" or certainty >= self.start_certainty)
         )
 
     @property
@@ -149,6 +174,10 @@ class CimcObjective:
         self.clusters, self.settings, self.truth = clusters, settings, truth
         self._labels = torch.full((len(x),), -1)
         self._lonely = torch.zeros((), dtype=torch.int64)
+        self._certainty = torch.zeros(())
+        terms = [name for name in TERMS if settings.terms.get(name, 0) > 0]
+        parts = [["sat", "information"] if name == "imsat" else [name] for name in terms]
+        self._names = [name for part in parts for name in part]  # the same in every step
 
     def __len__(self) -> int:
         """Vectors per epoch."""
@@ -182,9 +211,12 @@ class CimcObjective:
     def losses(
         self, model: nn.Module, batch: dict[str, Tensor], *, epoch: int
     ) -> dict[str, Tensor]:
-        """The weighted terms active in `epoch`. Only the clean pass updates running statistics."""
-        settings, active = self.settings, self.settings.active(epoch)
-        x, logits = batch["x"], model(batch["x"])
+        """The weighted terms, 0 where not yet active. `imsat` is two: `sat` and `information`.
+
+        Only the clean pass updates the running statistics of the batch norms.
+        """
+        settings, x, logits = self.settings, batch["x"], model(batch["x"])
+        active = settings.active(epoch, self._certainty_with(logits))
         quiet = partial(model, update_statistics=False)
         found: dict[str, Tensor] = {}
         if active & {"imsat", "vicreg_inv"}:
@@ -209,7 +241,8 @@ class CimcObjective:
             found["vicreg_inv"] = vicreg.INVARIANCE * vicreg.invariance(logits, perturbed)
         if active & {"aug", "infonce"}:
             found |= self._augmented_losses(quiet(batch["augmented"]), logits, active)
-        return found | self._clean_losses(quiet, batch, logits, active)
+        found |= self._clean_losses(quiet, batch, logits, active)
+        return {name: found.get(name, logits.new_zeros(())) for name in self._names}
 
     def _clean_losses(
         self, quiet: partial[Tensor], batch: dict[str, Tensor], logits: Tensor, active: frozenset
@@ -253,6 +286,14 @@ class CimcObjective:
             )
         return {name: settings.terms[name] * value for name, value in found.items()}
 
+    @torch.no_grad()
+    def _certainty_with(self, logits: Tensor) -> float:
+        """The greatest MI/H(Y) of any batch so far; the same number on every worker."""
+        marginal, conditional = entropies(logits.detach())
+        certainty = 1 - mean_over_workers(conditional) / marginal.clamp_min(1e-8)
+        self._certainty = torch.maximum(self._certainty, certainty.to(self._certainty))
+        return float(self._certainty)
+
     def after_step(self, model: nn.Module) -> None:
         """Nothing follows a step."""
 
@@ -287,12 +328,13 @@ class CimcObjective:
         return metrics
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The last epoch's labels and the counter, so that a resumed history is the same."""
-        return {"labels": self._labels, "lonely": self._lonely}
+        """The last epoch's labels, the counter and the certainty: a resumed run is the same."""
+        return {"labels": self._labels, "lonely": self._lonely, "certainty": self._certainty}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what `state_dict` returned."""
         self._labels, self._lonely = state["labels"].clone(), state["lonely"].clone()
+        self._certainty = state["certainty"].clone()
 
 
 def radii(x: Tensor, settings: Settings, *, seed: int) -> Tensor:

@@ -17,7 +17,7 @@ SPACES = ["logits", "probabilities"]
     # The specification, section 3.5: logits (2,0,0) and (0,4,0), alpha = 0.25.
     [("logits", [0.072521, 0.883492, 0.043986]), ("probabilities", [0.209998, 0.750124, 0.039878])],
 )
-def test_golden_mixes(space, expected) -> None:  # noqa: ANN001
+def test_golden_mixes(space, expected) -> None:
     logits = torch.tensor([[2.0, 0, 0], [0, 4.0, 0]], dtype=torch.float64)
     target = mixed_target(logits, torch.tensor([1, 0]), torch.full((2,), 0.25), space=space)
     torch.testing.assert_close(
@@ -32,7 +32,7 @@ def _case() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("space", SPACES)
-def test_zero_for_share_one_and_for_identical_partners(space) -> None:  # noqa: ANN001
+def test_zero_for_share_one_and_for_identical_partners(space) -> None:
     x, partner, share = _case()
     model = Mlp(4, (8,), 3).double().eval()
     for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""The adversarial direction: length, gradients, batch statistics, the eigenvector it converges to."""
+"""The adversarial direction: its length, gradients, batch statistics, and limit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _network(seed: int = 0) -> Mlp:
     return model
 
 
-def _quiet(model: Mlp):  # noqa: ANN202
+def _quiet(model: Mlp):
     return lambda x: model(x, update_statistics=False)
 
 

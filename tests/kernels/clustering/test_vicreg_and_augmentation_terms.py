@@ -33,7 +33,7 @@ def test_augmentation_loss_is_the_kl_from_augmented_to_clean() -> None:
     ("fixed", "flows"),
     [("none", (True, True)), ("clean", (False, True)), ("augmented", (True, False))],
 )
-def test_the_fixed_side_of_the_augmentation_loss_gets_no_gradient(fixed, flows) -> None:  # noqa: ANN001
+def test_the_fixed_side_of_the_augmentation_loss_gets_no_gradient(fixed, flows) -> None:
     torch.manual_seed(0)
     clean, augmented = torch.randn(2, 4, 3).requires_grad_().unbind()
     clean.retain_grad()
