@@ -72,6 +72,15 @@ def test_global_cmvn_gives_zero_mean_and_unit_variance() -> None:
     assert torch.isfinite(global_cmvn(torch.ones(10, 2), variance=True)).all()
 
 
+def test_strength_subtracts_a_share_of_the_mean() -> None:
+    x = 5 + features(500)
+    half = global_cmvn(x, strength=0.5)
+    torch.testing.assert_close(half, 0.5 * (x + global_cmvn(x)))
+    assert torch.equal(global_cmvn(x, strength=0.0), x)
+    sliding = sliding_cmn(x, 100, strength=0.25)
+    torch.testing.assert_close(sliding, 0.75 * x + 0.25 * sliding_cmn(x, 100))
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     st.lists(st.floats(-5, 25), max_size=50),
@@ -103,6 +112,7 @@ def test_vad_of_silence_finds_nothing() -> None:
         lambda: add_deltas(torch.zeros(3, 2), order=-1),
         lambda: sliding_cmn(torch.zeros(3)),
         lambda: sliding_cmn(torch.zeros(3, 2), 0),
+        lambda: global_cmvn(torch.zeros(3, 2), strength=1.5),
         lambda: energy_vad(torch.zeros(3, 2), VadSettings()),
         lambda: VadSettings(context=-1),
         lambda: VadSettings(proportion=0.0),
