@@ -11,18 +11,17 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
-import torch
 from pydantic import Field
 
 from goldcrest.cluster.api import Config, InputFiles
-from goldcrest.kernels.frontend import noise as mixing
-from goldcrest.kernels.frontend.reverb import reverberate, synthetic_rir
-from goldcrest.kernels.frontend.speed import change_speed
 from goldcrest.tasks.data import audio
 from goldcrest.tasks.data.corpus import read_corpora
+
+if TYPE_CHECKING:
+    import torch
 
 Kind = Literal["noise", "reverb", "babble", "speed"]
 
@@ -80,6 +79,12 @@ def corrupt(
 
     The draw depends on seed, utterance id and copy alone, never on the order of the work.
     """
+    import torch
+
+    from goldcrest.kernels.frontend import noise as mixing
+    from goldcrest.kernels.frontend.reverb import reverberate
+    from goldcrest.kernels.frontend.speed import change_speed
+
     rng = np.random.default_rng([seed, 4, copy, zlib.crc32(utterance.encode())])
     speech = torch.from_numpy(samples)
     kind = cfg.kinds[int(rng.integers(len(cfg.kinds)))]
@@ -102,12 +107,20 @@ def corrupt(
 
 
 def _room(cfg: AugmentConfig, bank: NoiseBank, rng: np.random.Generator) -> torch.Tensor:
+    import torch
+
+    from goldcrest.kernels.frontend.reverb import synthetic_rir
+
     if bank.rooms:
         return torch.from_numpy(bank.rooms[int(rng.integers(len(bank.rooms)))])
     return synthetic_rir(float(rng.uniform(*cfg.t60)), rng)
 
 
 def _noise(samples: int, bank: NoiseBank, rng: np.random.Generator) -> torch.Tensor:
+    import torch
+
+    from goldcrest.kernels.frontend import noise as mixing
+
     if bank.noises:
         chosen = torch.from_numpy(bank.noises[int(rng.integers(len(bank.noises)))])
         return mixing.fit_length(chosen, samples, rng)

@@ -12,17 +12,18 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
 from goldcrest.cluster.api import InputError, Output
-from goldcrest.kernels.sparsity.packing import pack_state, unpack_state
-from goldcrest.kernels.speaker.ecapa_tdnn import EcapaTdnn
 from goldcrest.tasks.speaker.frontend import FrontEnd, FrontEndConfig
 from goldcrest.tasks.speaker.network import network_settings
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from goldcrest.kernels.speaker.ecapa_tdnn import EcapaTdnn
 
 SCHEMA = 1
 KIND = "speaker-embedding"
@@ -53,6 +54,8 @@ def write_bundle(
     packed: list[str] | None = None,
 ) -> None:
     """Write a bundle into the step's artifact; `packed` names weights to store with bitmasks."""
+    from goldcrest.kernels.sparsity.packing import pack_state
+
     out.tensors("model", pack_state(dict(tensors), packed) if packed else tensors)
     weights = [value for value in tensors.values() if value.is_floating_point()]
     description = {
@@ -107,6 +110,8 @@ def load_state(folder: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    from goldcrest.kernels.sparsity.packing import unpack_state
+
     try:
         return unpack_state(load_file(folder / "model.safetensors"))
     except (OSError, ValueError, SafetensorError) as error:
@@ -115,6 +120,8 @@ def load_state(folder: Path) -> dict[str, Tensor]:
 
 def load_network(folder: Path) -> EcapaTdnn:
     """The float network of a dense or sparse bundle, in eval mode."""
+    from goldcrest.kernels.speaker.ecapa_tdnn import EcapaTdnn
+
     network = EcapaTdnn(network_settings(read_description(folder)["network"]))
     network.load_state_dict(load_state(folder))
     return network.eval()
@@ -122,6 +129,8 @@ def load_network(folder: Path) -> EcapaTdnn:
 
 def load_bundle(folder: Path | str) -> SpeakerModel:
     """Any speaker bundle, ready to embed; InputError when it is not one."""
+    import torch
+
     folder = Path(folder)
     facts = read_description(folder)
     module: nn.Module

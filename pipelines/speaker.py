@@ -1,0 +1,80 @@
+"""The speaker pipeline: a folder of unlabelled speech -> small, fast speaker verification models.
+
+    corpus -> features -> ivectors -> cluster -> pretrain -> sparse -> int8 -> evaluate
+                                   \\-> kmeans, ahc (to compare with)
+
+With `rounds` above 1 the network's embeddings are clustered again and the network is trained anew
+on those labels. With `pretrain.labels` the corpus's own speakers are the labels: the upper bound.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from goldcrest.cluster import api
+from goldcrest.tasks.speaker.cluster import ClusterConfig, cluster
+from goldcrest.tasks.speaker.embed import EmbedConfig, embed
+from goldcrest.tasks.speaker.evaluate import EvaluateConfig, evaluate
+from goldcrest.tasks.speaker.features import FeatureConfig, features
+from goldcrest.tasks.speaker.ivector import IvectorConfig, ivector
+from goldcrest.tasks.speaker.prepare import PrepareConfig, prepare
+from goldcrest.tasks.speaker.pretrain import PretrainConfig, pretrain
+from goldcrest.tasks.speaker.quantize import QuantizeConfig, quantize
+from goldcrest.tasks.speaker.sparse_finetune import SparseConfig, sparse_finetune
+from goldcrest.tasks.speaker.true_labels import TrueLabelsConfig, true_labels
+
+DESCRIPTION = "unlabelled speech to dense, sparse and INT8 speaker verification models"
+
+
+class Config(api.Config):
+    """The configs of the steps, in the order of the chain."""
+
+    seed: int = Field(0, ge=0, description="seed of every random choice in the run")
+    rounds: int = Field(
+        1, ge=1, le=5, description="times that vectors are clustered and a network is trained"
+    )
+    corpus: PrepareConfig = Field(PrepareConfig(), description="which speech, how it is cut")
+    features: FeatureConfig = Field(FeatureConfig(), description="MFCC, filterbanks, augmentation")
+    ivector: IvectorConfig = Field(IvectorConfig(), description="i-vector extractor")
+    clustering: ClusterConfig = Field(ClusterConfig(), description="pseudo-labels")
+    compare: tuple[ClusterConfig, ...] = Field(
+        (), description="other clusterings of the same i-vectors, to compare with"
+    )
+    pretrain: PretrainConfig = Field(PretrainConfig(), description="the dense network")
+    embed: EmbedConfig = Field(EmbedConfig(), description="embeddings between rounds")
+    sparse: SparseConfig = Field(SparseConfig(), description="pruning and sparse fine-tuning")
+    quantize: QuantizeConfig = Field(QuantizeConfig(), description="INT8 weights and activations")
+    evaluate: EvaluateConfig = Field(EvaluateConfig(), description="trials and measurements")
+
+
+def build(cfg: Config) -> list[Any]:
+    """Bind the chain; the last node is the evaluation, beside it the clusterings compared with."""
+    corpus = prepare.bind(cfg.corpus, name="corpus", seed=cfg.seed)
+    frames = features.bind(cfg.features, corpus, seed=cfg.seed)
+    vectors = ivector.bind(cfg.ivector, frames, name="ivectors", seed=cfg.seed)
+    compared = [
+        cluster.bind(other, vectors, corpus, name=f"cluster-{other.method}", seed=cfg.seed)
+        for other in cfg.compare
+    ]
+    if cfg.pretrain.labels:
+        labels = true_labels.bind(TrueLabelsConfig(), corpus, name="labels")
+        dense = pretrain.bind(cfg.pretrain, frames, labels, seed=cfg.seed)
+    else:
+        labels = cluster.bind(cfg.clustering, vectors, corpus, seed=cfg.seed)
+        dense = pretrain.bind(cfg.pretrain, frames, labels, seed=cfg.seed)
+        for number in range(2, cfg.rounds + 1):
+            again = embed.bind(cfg.embed, dense, frames, name=f"embed-{number}")
+            labels = cluster.bind(
+                cfg.clustering, again, corpus, name=f"cluster-round-{number}", seed=cfg.seed
+            )
+            dense = pretrain.bind(
+                cfg.pretrain, frames, labels, name=f"pretrain-round-{number}", seed=cfg.seed
+            )
+    sparse = sparse_finetune.bind(cfg.sparse, dense, frames, labels, name="sparse", seed=cfg.seed)
+    int8 = quantize.bind(cfg.quantize, sparse, frames, name="int8", seed=cfg.seed)
+    result = evaluate.bind(
+        cfg.evaluate, corpus, frames, vectors, dense, sparse, int8, seed=cfg.seed
+    )
+    return [*compared, result]
