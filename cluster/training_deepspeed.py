@@ -153,7 +153,8 @@ def single_process_group(*, gpu: bool) -> Iterator[None]:
     deepspeed = load_deepspeed(gpu=gpu)
     before = os.environ.get("LOCAL_RANK")
     os.environ["LOCAL_RANK"] = "0"
-    dist.init_process_group("nccl" if gpu else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=0, world_size=1)
     try:
         yield
     finally:

@@ -8,8 +8,8 @@ again (`FailureConfig`). Two things it does not do for us:
   `scratch`.
 - It repeats after every error, also one that will come again (a wrong shape, a loss that is NaN).
   A worker therefore writes an error of the training itself into `failure.json`; the restarted group
-  sees it and ends at once, and the driver raises it. Errors of communication are only the echo of
-  another worker's death and are not written.
+  sees it and ends at once, and the driver raises it. Errors that only echo another worker's death
+  are not written.
 
 Worker 0 writes `status.json` now and then, the driver reads it and calls the caller's functions.
 """
@@ -19,7 +19,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import signal
 import threading
 import time
@@ -42,7 +41,6 @@ if TYPE_CHECKING:
 _STATUS = "status.json"
 _FAILURE = "failure.json"
 _SECONDS_BETWEEN_STATUS = 0.5
-_COMMUNICATION = re.compile(r"gloo|nccl|process group|connection (closed|reset)|timed out", re.I)
 _KINDS = {"InputError": InputError, "StepError": StepError}
 
 
@@ -82,15 +80,22 @@ class StatusReporter:
         _write_json(self._path, self._status)
 
 
-def _is_echo(error: BaseException) -> bool:
-    """Whether `error` only says that another worker is gone, or the disk or network failed."""
-    import torch
+def _comes_again(error: BaseException) -> bool:
+    """Whether `error` is one of the training itself, that a restart would only repeat.
 
+    Ours are. Of the others only those that were raised inside the objective, that is, below the
+    loop's own file, and not by DeepSpeed or torch.distributed: when a worker dies, the others fail
+    somewhere in there, under many names. A disk or a connection that failed may recover.
+    """
     if isinstance(error, GoldcrestError):
-        return False
-    if isinstance(error, OSError | torch.distributed.DistError):
         return True
-    return isinstance(error, RuntimeError) and bool(_COMMUNICATION.search(str(error)))
+    if isinstance(error, OSError):
+        return False
+    files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+    below = [place for place, file in enumerate(files) if file.name == "training_loop.py"]
+    inner = files[below[-1] + 1 :] if below else []
+    distributed = any({"deepspeed", "distributed"} & set(file.parts) for file in inner)
+    return bool(inner) and not distributed
 
 
 def _work(job: dict[str, Any]) -> None:
@@ -101,7 +106,7 @@ def _work(job: dict[str, Any]) -> None:
     try:
         _train(job, scratch)
     except Exception as error:
-        if not _is_echo(error):
+        if _comes_again(error):
             hint = error.hint if isinstance(error, GoldcrestError) else None
             message = error.message if isinstance(error, GoldcrestError) else _describe(error)
             record = {"attempt": job["attempt"], "kind": type(error).__name__, "hint": hint}

@@ -1,9 +1,10 @@
-"""The training engine on Ray Train: two workers, an error of the objective, another worker count."""
+"""The training engine on Ray Train: its bytes, an error of the objective, another worker count."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +16,7 @@ from goldcrest.cluster import checkpoints
 from goldcrest.cluster.errors import StepError
 from goldcrest.cluster.training import train_local, train_on_ray
 from goldcrest.cluster.training_config import TrainingConfig
-from goldcrest.cluster.training_ray import _is_echo
+from goldcrest.cluster.training_ray import _comes_again
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +28,6 @@ def toys() -> Iterator[ModuleType]:
     spec = importlib.util.spec_from_file_location("training_toys", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    import sys
-
     sys.modules["training_toys"] = module
     spec.loader.exec_module(module)
     cloudpickle.register_pickle_by_value(module)
@@ -50,6 +49,7 @@ def assert_close(one: Any, two: Any) -> None:
         torch.testing.assert_close(two.model_state[name], value, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_one_worker_gives_the_bytes_of_this_process(
     ray_cluster: None, toys: ModuleType, tmp_path: Path
 ) -> None:
@@ -81,9 +81,29 @@ def test_an_error_of_the_objective_is_not_repeated_and_another_worker_count_goes
     assert_close(here, train_local(toys.NoNoise(), config(), scratch=folder, seed=5))
 
 
-def test_which_errors_are_another_workers_death() -> None:
-    assert _is_echo(RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer"))
-    assert _is_echo(ConnectionResetError("by peer")) and _is_echo(OSError("No space left"))
-    assert not _is_echo(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-    assert not _is_echo(StepError("the loss is not finite: connection closed"))
-    assert not _is_echo(ValueError("gloo"))
+class LoopFrames:
+    """Runs a function below a frame of a file called training_loop.py."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        self.path = tmp_path / "training_loop.py"
+        self.path.write_text("def call(function):\n    function()\n", encoding="utf-8")
+
+    def error_of(self, function: Callable[[], object]) -> BaseException:
+        """What `function` raises when the loop calls it."""
+        spec = importlib.util.spec_from_file_location("training_loop_double", self.path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        with pytest.raises(Exception) as caught:
+            module.call(function)
+        return caught.value
+
+
+def test_which_errors_would_come_again(tmp_path: Path) -> None:
+    loop = LoopFrames(tmp_path)
+    assert _comes_again(StepError("the loss is not finite"))
+    assert _comes_again(loop.error_of(lambda: [][1]))  # in the objective
+    assert _comes_again(loop.error_of(lambda: torch.ones(2) @ torch.ones(3)))
+    assert not _comes_again(loop.error_of(lambda: torch.distributed.barrier()))  # no group: dead
+    assert not _comes_again(loop.error_of(lambda: Path("/nowhere/x").read_text("utf-8")))
+    assert not _comes_again(AssertionError("DeepSpeed backend not set"))  # outside the objective

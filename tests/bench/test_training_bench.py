@@ -1,0 +1,115 @@
+"""What the engine costs per optimizer step beside a bare torch loop, and what a start costs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from goldcrest.cluster.training import train_local
+from goldcrest.cluster.training_config import TrainingConfig
+
+pytestmark = pytest.mark.slow
+WIDTH, EXAMPLES, BATCH, EPOCHS = 256, 3200, 32, 2
+
+
+class Work:
+    """A multilayer perceptron of 0.8 million weights on random rows."""
+
+    def __init__(self) -> None:
+        self.rows = torch.randn(EXAMPLES, WIDTH, generator=torch.Generator().manual_seed(0))
+
+    def build_model(self) -> torch.nn.Module:
+        layers: list[torch.nn.Module] = []
+        for _ in range(12):
+            layers += [torch.nn.Linear(WIDTH, WIDTH), torch.nn.ReLU()]
+        return torch.nn.Sequential(*layers)
+
+    def parameter_groups(self, model: torch.nn.Module) -> list[dict[str, Any]]:
+        return [{"params": list(model.parameters())}]
+
+    def __len__(self) -> int:
+        return EXAMPLES
+
+    def batch(self, indices: np.ndarray, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+        return {"x": self.rows[torch.from_numpy(indices)]}
+
+    def losses(
+        self, model: torch.nn.Module, batch: dict[str, torch.Tensor], *, epoch: int
+    ) -> dict[str, torch.Tensor]:
+        return {"mse": (model(batch["x"]) - batch["x"]).square().mean()}
+
+    def after_step(self, model: torch.nn.Module) -> None:
+        return None
+
+    def evaluate(self, model: torch.nn.Module, *, epoch: int) -> dict[str, float]:
+        return {}
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        assert not state
+
+
+def bare_loop() -> float:
+    """Seconds per step of the same work in plain torch."""
+    work = Work()
+    model = work.build_model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    rng = np.random.default_rng(0)
+    began = time.perf_counter()
+    steps = 0
+    for _ in range(EPOCHS):
+        for indices in np.array_split(rng.permutation(EXAMPLES), EXAMPLES // BATCH):
+            optimizer.zero_grad()
+            work.losses(model, work.batch(indices, rng), epoch=0)["mse"].backward()
+            optimizer.step()
+            steps += 1
+    return (time.perf_counter() - began) / steps
+
+
+def engine(folder: Path, stage: int) -> float:
+    """Seconds per step in the engine, checkpoints included."""
+    config = TrainingConfig(epochs=EPOCHS, batch_size=BATCH, zero_stage=stage)  # type: ignore[arg-type]
+    facts = train_local(Work(), config, scratch=folder, seed=0).measurements
+    return facts["training_seconds"] / facts["optimizer_steps"]
+
+
+def fastest(measure: Callable[[], float], times: int = 3) -> float:
+    """The least of several measurements: other processes only add."""
+    return min(measure() for _ in range(times))
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_overhead_per_step(tmp_path: Path, stage: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    counter = iter(range(100))
+    try:
+        bare = fastest(bare_loop)
+        ours = fastest(lambda: engine(tmp_path / str(next(counter)), stage))
+    finally:
+        torch.set_num_threads(before)
+    print(f"\nstage {stage}: bare {bare * 1e3:.2f} ms, engine {ours * 1e3:.2f} ms per step")
+    assert ours < 3 * bare
+
+
+def test_importing_deepspeed_costs_little() -> None:
+    code = (
+        "import time, torch; began = time.perf_counter()\n"
+        "from goldcrest.cluster.training_deepspeed import load_deepspeed\n"
+        "load_deepspeed(gpu=False); print(time.perf_counter() - began)\n"
+    )
+    seconds = fastest(
+        lambda: float(subprocess.run([sys.executable, "-c", code], capture_output=True).stdout)
+    )
+    print(f"\nimport deepspeed: {seconds:.2f} s beside torch (4.6 s unmodified, measured once)")
+    assert seconds < 3
