@@ -102,9 +102,7 @@ class EventFile:
 
     def on_event(self, event: Event) -> None:
         """Append one line."""
-        line = json.dumps(
-            mask_secrets(event.as_json()), sort_keys=True, ensure_ascii=False, default=str
-        )
+        line = json.dumps(mask_secrets(event.as_json()), ensure_ascii=False, default=str)
         with self._path.open("a", encoding="utf-8") as stream:
             stream.write(line + "\n")
 

@@ -25,10 +25,10 @@ from goldcrest.cluster.masking import mask_secrets, mask_text
 
 QUEUE_SIZE = 20_000
 """Most events waiting for the writer; rows of curves beyond that are dropped and counted."""
+HANDOVER = 5.0
+"""Longest wait in seconds until the writer has taken over all events; usually milliseconds."""
 LEAST_WAIT, MOST_WAIT = 0.5, 30.0
 """At the end of a run the driver waits a tenth of the run's time for the writer, within these."""
-
-_LEVELS = {"running", "ran", "failed", "skipped"}
 
 
 def default_tracking_uri(runs_folder: Path) -> str:
@@ -78,7 +78,7 @@ class Tracking:
         runs = isinstance(event, StepChanged) and event.state in ("running", "ran", "failed")
         message = self._message(event)
         if message is not None:
-            text = json.dumps(message, default=str)
+            text = json.dumps(mask_secrets(message), default=str)
             try:
                 self._queue.put_nowait(text)
             except queue.Full:
@@ -87,14 +87,14 @@ class Tracking:
             self._start()
 
     def _message(self, event: Event) -> dict[str, Any] | None:
-        """The part of an event that is tracked, without secrets; None for the rest."""
+        """The part of an event that is tracked, None for the rest."""
         if isinstance(event, RunStarted):
             return {
                 "event": "RunStarted",
                 "time": event.time,
                 "run_id": event.run_id,
                 "pipeline": event.pipeline,
-                "config": mask_secrets(event.config),
+                "config": event.config,
                 "folder": str(event.folder),
             }
         if isinstance(event, StepChanged) and event.state != "waiting":
@@ -104,16 +104,16 @@ class Tracking:
                 "time": event.time,
                 "step": event.step,
                 "state": event.state,
-                "reason": mask_text(event.reason),
+                "reason": event.reason,
                 "place": event.place,
                 "seconds": event.seconds,
                 "key": event.key,
                 "path": event.path,
                 "metrics": event.metrics or manifest.get("metrics", {}),
                 "measurements": manifest.get("measurements", {}),
-                "config": mask_secrets(manifest.get("config", {})),
+                "config": manifest.get("config", {}),
                 "files": sorted(manifest.get("files", {})),
-                "failure": mask_text(event.failure.message) if event.failure else None,
+                "failure": event.failure.message if event.failure else None,
             }
         if isinstance(event, StepLog):
             row = dict(event.row)
@@ -181,9 +181,10 @@ class Tracking:
         taken = time.monotonic() - self._started
         wait = min(max(taken / 10, LEAST_WAIT), MOST_WAIT) if wait is None else wait
         try:
-            self._queue.put(None, timeout=wait)
+            self._queue.put(None, timeout=HANDOVER)
         except queue.Full:
             child.terminate()
+        feeder.join(HANDOVER)  # the writer reads at once, whatever MLflow is doing
         try:
             code = child.wait(timeout=wait)
         except subprocess.TimeoutExpired:

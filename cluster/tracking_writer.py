@@ -13,9 +13,10 @@ import fcntl
 import json
 import logging
 import os
+import queue
 import re
-import select
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 BATCH = 500
 """Most metric values in one call (the server's limit is 1,000)."""
+IDLE = 0.5
+"""Seconds without news after which the curves that wait are sent."""
 MAX_FAILURES = 3
 """Failed calls in a row after which the writer gives up."""
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_\-. /:]")
@@ -219,36 +222,56 @@ def open_client(uri: str, artifacts: Path) -> MlflowClient:
     return client
 
 
-def _lines(stream: int) -> Iterator[bytes]:
-    """Lines of a file descriptor; an empty one whenever nothing has come for half a second."""
-    pending = b""
-    while True:
-        if not select.select([stream], [], [], 0.5)[0]:
-            yield b""
-            continue
-        block = os.read(stream, 1 << 16)
-        if not block:
-            return
-        *lines, pending = (pending + block).split(b"\n")
-        yield from lines
+class Inbox:
+    """The lines of a file descriptor, read by a thread of its own from the first moment on.
+
+    The driver may be gone before MLflow is even imported; what it had to say is safe here by then.
+    """
+
+    def __init__(self, stream: int) -> None:
+        self._stream = stream
+        self._lines: queue.Queue[bytes | None] = queue.Queue()
+        threading.Thread(target=self._read, name="inbox", daemon=True).start()
+
+    def _read(self) -> None:
+        pending = b""
+        while block := os.read(self._stream, 1 << 16):
+            *lines, pending = (pending + block).split(b"\n")
+            for line in lines:
+                self._lines.put(line)
+        self._lines.put(None)
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Lines until the stream ends; an empty one whenever none has come for half a second."""
+        while True:
+            try:
+                line = self._lines.get(timeout=IDLE)
+            except queue.Empty:
+                line = b""
+            if line is None:
+                return
+            yield line
 
 
-def serve(stream: int, writer: Writer) -> int:
-    """Write every event that comes on file descriptor `stream`; returns how many calls failed."""
+def serve(inbox: Inbox, writer: Writer) -> int:
+    """Write every event that comes in; returns how many calls failed.
+
+    After `MAX_FAILURES` failures in a row the server counts as gone and is asked no more.
+    """
     failures = in_a_row = 0
-    for line in _lines(stream):
-        if in_a_row >= MAX_FAILURES:
-            continue  # keep reading: the driver must never wait for a full pipe
+    for line in inbox:
         try:
             if line:
                 writer.take(json.loads(line))
             else:
                 writer.flush()
             in_a_row = 0
-        except Exception as error:  # noqa: BLE001 - a broken server must not end the reading
+        except Exception as error:  # noqa: BLE001 - a broken server must not end the others' writing
             failures += 1
             in_a_row += 1
             _say(error)
+        if in_a_row >= MAX_FAILURES:
+            return failures
     try:
         writer.flush()
         writer.abandon()
@@ -269,12 +292,13 @@ def main() -> int:
     """Read events from the standard input; the exit code says whether all were written."""
     os.nice(10)  # the run comes first
     artifacts = Path(sys.argv[1])
+    inbox = Inbox(sys.stdin.fileno())
     try:
         client = open_client(os.environ["MLFLOW_TRACKING_URI"], artifacts)
     except Exception as error:  # noqa: BLE001 - any reason ends in the log, never in the run
         _say(error)
         return 1
-    return 1 if serve(sys.stdin.fileno(), Writer(client, artifacts)) else 0
+    return 1 if serve(inbox, Writer(client, artifacts)) else 0
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ import struct
 import zlib
 from typing import Annotated
 
-from goldcrest.cluster.api import Artifact, Config, InputError, InputFiles, Output, task
 from pydantic import Field
+
+from goldcrest.cluster.api import Artifact, Config, InputError, InputFiles, Output, task
 
 
 class CorpusConfig(Config):
@@ -91,11 +92,13 @@ def tiny_png() -> bytes:
     """A valid PNG of 2 x 2 grey pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        body = kind + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
 
     header = struct.pack(">IIBBBBB", 2, 2, 8, 0, 0, 0, 0)
     pixels = zlib.compress(b"\0\x40\x80\0\x80\x40")
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    chunks = [chunk(b"IHDR", header), chunk(b"IDAT", pixels), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 def build(cfg: Config):
