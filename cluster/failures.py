@@ -36,13 +36,16 @@ def describe_failure(
     `exit_status` is what the step passed to `os._exit`, if it did; `timed_out` its timeout in
     seconds, if it was stopped for that.
     """
+    from ray.exceptions import RayTaskError
+
     lines = last_lines(log, _LOG_SEARCHED)
     fatal = next((i for i in reversed(range(len(lines))) if _FATAL.search(lines[i])), None)
     shown = lines[-_LOG_LINES:]
     if fatal is not None:  # the stack behind such a line is long and ends in nothing of interest
         first = max(0, fatal - _LOG_LINES // 2)
         shown = lines[first : first + _LOG_LINES]
-    if timed_out is not None:
+    # A step may fail by itself in the moment in which it is stopped: then that is the reason.
+    if timed_out is not None and not isinstance(error, RayTaskError):
         message = f"the step ran longer than its timeout of {in_words(timed_out)} and was stopped"
         return Failure(step=step, message=message, hint="raise timeout= of the task", log=shown)
     message, hint = _message(error, "" if fatal is None else lines[fatal], exit_status)

@@ -10,6 +10,7 @@ ends early, however, is continued by the same command: everything finished lies 
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -101,8 +102,16 @@ def run(
         record.finish(result)  # before the listeners: a report may fail, the record may not
         notify(RunFinished(run_id=run_id, result=result))
         record.finish(result)  # again: a listener has filled in where the report is
-        store.publish_run(run_id)
+        _publish(store, run_id)
     return result
+
+
+def _publish(store: Store, run_id: str) -> None:
+    """Copy the record to a remote store; a run does not fail for its record."""
+    try:
+        store.publish_run(run_id)
+    except (OSError, GoldcrestError) as error:
+        sys.stderr.write(f"goldcrest: the run's record stays on this machine: {error}\n")
 
 
 class _Driver:
@@ -345,7 +354,8 @@ class _Driver:
             if "bundle.json" in artifact:
                 bundles[str(artifact.json("bundle")["name"])] = str(artifact.path)
         done = all(row.state in ("ran", "cached") for row in rows)
-        error = self.failure or next(iter(self.failures.values()), None)
+        failures = [self.failures[row.name] for row in rows if row.name in self.failures]
+        error = self.failure or next(iter(failures), None)
         return RunResult(
             run=self.run_id,
             pipeline=self.plan.pipeline,

@@ -82,12 +82,19 @@ def bundle(cfg: NumberConfig, source: Artifact, out: Output) -> None:
     out.json("bundle", {"name": "dense", "number": source.json("number")})
 
 
-@task(cpus=0.5, retries=0, timeout="1.5s", retry_on=(ConnectionError,))
+@task(cpus=0.5, retries=0, retry_on=(ConnectionError,))
 def trouble(cfg: TroubleConfig, source: Artifact | None = None, *, out: Output) -> None:
     """Fail in the way that the config names."""
     print(f"about to: {cfg.kind}")
     _misbehave(cfg)
     out.json("number", 0)
+
+
+@task(cpus=0.5, timeout="1.5s")
+def dawdle(cfg: TroubleConfig, source: Artifact, out: Output) -> None:
+    """Take longer than the timeout."""
+    print(f"about to: {cfg.kind}")
+    _misbehave(cfg)
 
 
 @task(cpus=0.5, retries=2, retry_on=(ConnectionError,))

@@ -35,6 +35,7 @@ from tests.cluster.engine_steps import (
     add,
     bundle,
     coordinate,
+    dawdle,
     flaky,
     number,
     trouble,
@@ -137,7 +138,8 @@ def test_every_kind_of_failure_is_told_in_words_and_siblings_finish(
     ray_cluster: None, store: Store
 ) -> None:
     source = number.bind(ONE)
-    failing = {k: trouble.bind(TroubleConfig(kind=k), source, name=k) for k in TROUBLES}
+    tasks = {kind: dawdle if kind == "sleep" else trouble for kind in TROUBLES}
+    failing = {k: t.bind(TroubleConfig(kind=k), source, name=k) for k, t in tasks.items()}
     below = add.bind(ONE, failing["exit"], name="below")
     far_below = add.bind(ONE, below, name="far_below")
     sibling = add.bind(ONE, source, name="sibling")
