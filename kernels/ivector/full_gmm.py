@@ -36,6 +36,9 @@ __all__ = [
 ]
 
 
+_BLOCK_VALUES = 1 << 23  # values of a block of (frames, Gaussians): 64 MB in float64
+
+
 @dataclass(frozen=True, kw_only=True)
 class FullGmmSettings:
     """EM of a full-covariance UBM (spec section 3.2)."""
@@ -107,24 +110,27 @@ def select(frames: Tensor, gmm: FullGmm, count: int) -> tuple[Tensor, Tensor]:
 
 def accumulate(frames: Tensor, gmm: FullGmm, settings: FullGmmSettings) -> GmmStatistics:
     """E step over (T, D) frames; the sums `merge`, `second` is (G, D, D)."""
-    indices, scores = select(frames, gmm, settings.selected)
-    evidence = scores.logsumexp(1)
-    shares = (scores - evidence[:, None]).exp()
-    x = frames.to(gmm.means)
     occupancy = torch.zeros_like(gmm.weights)
     first = torch.zeros_like(gmm.means)
     second = torch.zeros_like(gmm.covariances)
-    for g, (t, k) in enumerate(_owners(indices, gmm.weights.shape[0])):
-        mine, weight = x[t], shares[t, k]
-        weighted = mine * weight[:, None]
-        occupancy[g] = weight.sum()
-        first[g] = weighted.sum(0)
-        second[g] = weighted.T @ mine
+    log_likelihood = gmm.means.new_zeros(())
+    for part in frames.split(max(1, _BLOCK_VALUES // gmm.weights.shape[0])):
+        indices, scores = select(part, gmm, settings.selected)
+        evidence = scores.logsumexp(1)
+        shares = (scores - evidence[:, None]).exp()
+        log_likelihood += evidence.sum()
+        x = part.to(gmm.means)
+        for g, (t, k) in enumerate(_owners(indices, gmm.weights.shape[0])):
+            mine, weight = x[t], shares[t, k]
+            weighted = mine * weight[:, None]
+            occupancy[g] += weight.sum()
+            first[g] += weighted.sum(0)
+            second[g].addmm_(weighted.T, mine)
     return GmmStatistics(
         occupancy=occupancy,
         first=first,
         second=second,
-        log_likelihood=evidence.sum(),
+        log_likelihood=log_likelihood,
         frames=gmm.means.new_tensor(float(frames.shape[0])),
     )
 

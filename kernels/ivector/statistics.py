@@ -13,7 +13,7 @@ Raw sums, not centred. S is only ever needed summed over utterances, so it is ke
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +38,8 @@ __all__ = [
 Ubm = DiagonalGmm | FullGmm
 
 SECOND_ORDER = ("none", "diagonal", "full")
+
+_BLOCK_VALUES = 1 << 23  # values of a block of (frames, Gaussians): 64 MB in float64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +101,7 @@ def posteriors(frames: Tensor, ubm: Ubm, settings: StatisticsSettings) -> tuple[
 
 
 def baum_welch(utterances: Sequence[Tensor], ubm: Ubm, settings: StatisticsSettings) -> BaumWelch:
-    """Statistics of utterances, all frames in one batch.
+    """Statistics of utterances, in large blocks of frames whatever their lengths.
 
     Args:
         utterances: N matrices (T_n, D) float; T_n may be 0.
@@ -107,8 +109,7 @@ def baum_welch(utterances: Sequence[Tensor], ubm: Ubm, settings: StatisticsSetti
         settings: see `StatisticsSettings`; `scale` and `maximum_count` are applied.
 
     Returns:
-        Statistics in the UBM's dtype. Give it as many utterances as fit in memory at once: the
-        work per call is one batch.
+        Statistics in the UBM's dtype, (N, G) and (N, G, D) of them; work memory is bounded.
 
     Raises:
         ValueError: an utterance has other dimensions than the UBM.
@@ -123,24 +124,16 @@ def baum_welch(utterances: Sequence[Tensor], ubm: Ubm, settings: StatisticsSetti
     lengths = [u.shape[0] for u in utterances]
     gamma = ubm.means.new_zeros((len(lengths), gaussians))
     first = ubm.means.new_zeros((len(lengths), gaussians, dimensions))
-    weight = ubm.means.new_ones(len(lengths))
-    frames = torch.cat(
-        [ubm.means.new_zeros((0, dimensions)), *(u.to(ubm.means) for u in utterances)]
-    )
-    dense = _dense_posteriors(frames, ubm, settings)
-    start = 0
-    for n, length in enumerate(lengths):
-        part = slice(start, start + length)
-        weight[n] = _weight(length, settings)
-        gamma[n] = weight[n] * dense[part].sum(0)
-        torch.matmul(dense[part].T, frames[part], out=first[n])
-        first[n] *= weight[n]
-        start += length
-    second = None
-    if settings.second_order != "none":
-        repeats = torch.tensor(lengths, device=frames.device)
-        dense = dense * weight.repeat_interleave(repeats)[:, None]
-        second = _second_order(frames, dense, settings.second_order)
+    weights = [_weight(length, settings) for length in lengths]
+    second = _no_second_order(ubm, settings.second_order)
+    for frames, spans in _blocks(utterances, lengths, ubm):
+        dense = _dense_posteriors(frames, ubm, settings)
+        for n, part in spans:
+            dense[part] *= weights[n]
+            gamma[n] += dense[part].sum(0)
+            first[n].addmm_(dense[part].T, frames[part])
+        if second is not None:
+            second += _second_order(frames, dense, settings.second_order)
     return BaumWelch(gamma=gamma, first=first, second=second)
 
 
@@ -213,6 +206,36 @@ def _dense_posteriors(frames: Tensor, ubm: Ubm, settings: StatisticsSettings) ->
         return _prune(scores.softmax(dim=1), settings)
     indices, shares = posteriors(frames, ubm, settings)
     return shares.new_zeros((frames.shape[0], gaussians)).scatter_(1, indices, shares)
+
+
+def _blocks(
+    utterances: Sequence[Tensor], lengths: Sequence[int], ubm: Ubm
+) -> Iterator[tuple[Tensor, list[tuple[int, slice]]]]:
+    """Frames in blocks of bounded size, each with the (utterance, slice of the block) it holds."""
+    size = max(1, _BLOCK_VALUES // ubm.weights.shape[0])
+    parts: list[Tensor] = []
+    spans: list[tuple[int, slice]] = []
+    filled = 0
+    for n, length in enumerate(lengths):
+        done = 0
+        while done < length:
+            taken = min(length - done, size - filled)
+            parts.append(utterances[n][done : done + taken].to(ubm.means))
+            spans.append((n, slice(filled, filled + taken)))
+            done, filled = done + taken, filled + taken
+            if filled == size:
+                yield torch.cat(parts), spans
+                parts, spans, filled = [], [], 0
+    if parts:
+        yield torch.cat(parts), spans
+
+
+def _no_second_order(ubm: Ubm, kind: str) -> Tensor | None:
+    gaussians, dimensions = ubm.means.shape
+    if kind == "none":
+        return None
+    shape = (gaussians, dimensions) if kind == "diagonal" else (gaussians, dimensions, dimensions)
+    return ubm.means.new_zeros(shape)
 
 
 def _second_order(frames: Tensor, shares: Tensor, kind: str) -> Tensor:

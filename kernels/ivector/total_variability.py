@@ -161,7 +161,8 @@ def posterior(statistics: BaumWelch, model: TotalVariability) -> tuple[Tensor, T
     """Exact posterior of w: means E[w] (N, R) and covariances (N, R, R), offset included."""
     _check(statistics, model)
     projected, packed = _precompute(model)
-    mean, factor, _ = _solve(statistics.gamma, statistics.first, model, projected, packed)
+    gamma, first = statistics.gamma.double(), statistics.first.double()
+    mean, factor, _ = _solve(gamma, first, model, projected, packed)
     return mean, torch.cholesky_inverse(factor)
 
 
@@ -407,7 +408,6 @@ def _solve(
     gamma: Tensor, first: Tensor, model: TotalVariability, projected: Tensor, packed: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """E[w] (n, R), the Cholesky factor of L (n, R, R), the evidence of every utterance (n,)."""
-    gamma, first = gamma.double(), first.double()
     precision = _unpack(gamma @ packed, model.dimensions)
     precision.diagonal(dim1=1, dim2=2).add_(1.0)
     linear = _centre(gamma, first, model).reshape(gamma.shape[0], -1) @ projected

@@ -152,6 +152,20 @@ def test_merged_shards_equal_one_pass() -> None:
             torch.testing.assert_close(merged[name], value, rtol=1e-9, atol=1e-9)
 
 
+def test_blocks_of_any_size_equal_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    frames, diagonal = small_ubm()
+    gmm, cfg = full_gmm.from_diagonal(diagonal), FullGmmSettings(selected=3)
+    cases = (
+        (diagonal_gmm, lambda: diagonal_gmm.accumulate(frames, diagonal)),
+        (full_gmm, lambda: full_gmm.accumulate(frames, gmm, cfg)),
+    )
+    for module, call in cases:
+        whole = call().to_tensors()
+        monkeypatch.setattr(module, "_BLOCK_VALUES", 5 * 37)
+        for name, value in call().to_tensors().items():
+            torch.testing.assert_close(value, whole[name])
+
+
 def test_merging_what_does_not_belong_together_is_refused() -> None:
     frames, five = small_ubm()
     _, four = small_ubm(4)

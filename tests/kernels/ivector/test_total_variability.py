@@ -112,6 +112,19 @@ def test_concatenated_batches_equal_one_batch() -> None:
         torch.testing.assert_close(value, whole[name])
 
 
+@pytest.mark.parametrize("second_order", ["diagonal", "full"])
+def test_blocks_of_any_size_equal_one_block(
+    second_order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    utterances, ubm = [*make_utterances(4), torch.zeros(0, D)], make_ubm(full=True)
+    cfg = dataclasses.replace(EVERYTHING, second_order=second_order)
+    whole = bw.baum_welch(utterances, ubm, cfg).to_tensors()
+    for size in (1, 7, 41):  # frames per block: utterances of 40 to 43 frames straddle them
+        monkeypatch.setattr(bw, "_BLOCK_VALUES", size * G)
+        for name, value in bw.baum_welch(utterances, ubm, cfg).to_tensors().items():
+            torch.testing.assert_close(value, whole[name])
+
+
 def test_scaling_the_statistics_equals_the_setting() -> None:
     utterances, ubm = make_utterances(3), make_ubm(full=True)
     quarter = dataclasses.replace(EVERYTHING, scale=0.25)
