@@ -254,6 +254,8 @@ def _explain(config_class: type[BaseModel], detail: Mapping[str, Any]) -> str:
     if message.startswith("Input should be "):
         allowed = message.removeprefix("Input should be ")
         return f"field '{dotted}' should be {allowed}, not {_short(detail.get('input'))}"
+    if isinstance(detail.get("input"), Mapping):
+        return f"in '{dotted}': {message}"
     return f"field '{dotted}' is {_short(detail.get('input'))}: {message}"
 
 

@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -104,11 +105,10 @@ def warn(text: str) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table without frames; every cell is literal text; all but the first column of numbers
-    line up on the right."""
+    """A table without frames; cells are literal text, columns of numbers line up on the right."""
     from rich import box
 
-    table = Table(title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD)
     for index, column in enumerate(columns):
         cells = [row[index] for row in rows if row[index]]
         numeric = bool(cells) and all(re.match(r"^[\[\-+]?[\d.]", cell) for cell in cells)
@@ -116,6 +116,8 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         table.add_column(Text(column), justify=justify, overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
+    if title:
+        say(title, style="bold")
     out().print(table)
 
 
@@ -145,10 +147,11 @@ def answering(json_file: Path | None, failure: dict[str, Any] | None = None) -> 
         answer.code = code
         error = {"step": None, "message": message, "hint": hint}
         if answer.value is None:
-            frame = dict(failure or {})
-            if "seconds" in frame:
-                frame["seconds"] = round(time.monotonic() - started, 3)
-            answer.value = {**frame, "error": error}
+            answer.value = dict(failure or {})
+            if "seconds" in answer.value:
+                answer.value["seconds"] = round(time.monotonic() - started, 3)
+        if isinstance(answer.value, dict) and answer.value.get("error") is None:
+            answer.value["error"] = error
 
     try:
         yield answer
@@ -162,6 +165,13 @@ def answering(json_file: Path | None, failure: dict[str, Any] | None = None) -> 
     except KeyboardInterrupt:
         failed(INTERRUPTED, "interrupted", "the same command continues where it stopped")
         say("interrupted; the same command continues where it stopped", error=True)
+    except typer.Exit:
+        raise
+    except Exception as error:  # noqa: BLE001 - machines are owed their JSON in any case
+        traceback.print_exc()
+        message = mask_text(f"unexpected {type(error).__name__}: {error}")
+        failed(FAILED, message, "a fault of goldcrest or of this machine: see the lines above it")
+        say(f"error: {message}", style="red", error=True)
     if json_file is not None:
         write_json(json_file, answer.value)
     if answer.code:

@@ -266,6 +266,21 @@ def test_an_interrupt_is_130(call: Any, monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert json.loads((tmp_path / "answer.json").read_text())["error"]["message"] == "interrupted"
 
 
+def test_an_unexpected_error_still_answers_machines(
+    call: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from goldcrest.pipelines import cli_run
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError("at s3://k:hush@b")
+
+    monkeypatch.setattr(cli_run, "execute", broken)
+    done = call("run", GARDEN, "--json", "answer.json")
+    assert done.code == 1
+    error = json.loads((tmp_path / "answer.json").read_text())["error"]
+    assert error["message"] == "unexpected ZeroDivisionError: at s3://***@b"
+
+
 def test_a_store_that_cannot_be_used_is_1(call: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     done = call("artifacts", "ls", "--store", "file")
