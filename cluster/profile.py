@@ -234,6 +234,7 @@ def attach(profile: Profile) -> Literal["attached", "joined", "started"]:
         return "attached"
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # its warnings may go to a file
+    os.environ.setdefault("RAY_task_oom_retries", "2")  # its default is to try for ever
     wanted = profile.ray
     arguments: dict[str, Any] = {"address": wanted.address, "logging_level": "ERROR"}
     if wanted.runtime_env:

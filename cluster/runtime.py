@@ -364,9 +364,10 @@ def _own_error(error: Exception, what: str) -> Exception:
     import ray.exceptions as failures
 
     cause: BaseException = error
-    while isinstance(cause, failures.RayError) or type(cause).__module__ == "ray.data.exceptions":
+    while isinstance(cause, failures.RayError):
         inner = getattr(cause, "cause", None) or cause.__cause__
-        if not isinstance(inner, BaseException):
+        # Ray Data raises a lost actor's error "from" an empty marker of its own: not a reason.
+        if not isinstance(inner, BaseException) or type(inner).__module__.startswith("ray.data"):
             break
         cause = inner
     if isinstance(cause, failures.RayError):

@@ -21,7 +21,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from goldcrest.cluster.api import Runtime, StepError
+from goldcrest.cluster import training
+from goldcrest.cluster.api import Output, Runtime, StepError, TrainingConfig
 from goldcrest.cluster.runtime import LocalRuntime, Piece, RayRuntime, cut, seed_everything
 from tests.cluster.engine_steps import (
     CrashOnBatch,
@@ -117,6 +118,50 @@ def test_work_that_can_never_be_placed_is_refused(ray_cluster: None, tmp_path: P
         list(RayRuntime(held_cpus=2).stream(shards, Doubler, {"factor": 1}))
     with pytest.raises(StepError, match="1 GPUs per worker; the cluster has 0"):
         list(RayRuntime().map(square, [1], gpus=1))
+
+
+@pytest.mark.parametrize(
+    ("runtime", "engine"),
+    [(LocalRuntime(), "train_local"), (RayRuntime(), "train_on_ray")],
+    ids=["local", "ray"],
+)
+def test_training_gets_scratch_and_seed_and_tells_the_output(
+    ray_cluster: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    runtime: Runtime,
+    engine: str,
+) -> None:
+    """The engine itself has tests of its own: here it is replaced by one that only reports."""
+    asked: dict[str, Any] = {}
+    noted: list[Any] = []
+
+    def train(objective: Any, config: TrainingConfig, **given: Any) -> str:
+        asked.update(given, objective=objective, config=config)
+        given["on_log"]({"epoch": 0.0, "loss": 2.0})
+        given["on_progress"](0.5, "epoch 1 of 2")
+        return "trained"
+
+    monkeypatch.setattr(training, engine, train)
+    out = Output(
+        tmp_path / "out",
+        runtime=runtime,
+        seed=7,
+        scratch=tmp_path / "scratch",
+        on_progress=lambda share, note: noted.append((share, note)),
+        on_log=noted.append,
+    )
+    config = TrainingConfig(epochs=2)
+    assert runtime.train("objective", config, out) == "trained"  # type: ignore[arg-type,comparison-overlap]
+    assert (asked["objective"], asked["config"]) == ("objective", config)
+    assert (asked["scratch"], asked["seed"]) == (tmp_path / "scratch", 7)
+    assert noted == [{"epoch": 0.0, "loss": 2.0}, (0.5, "epoch 1 of 2")]
+
+
+def test_training_that_can_never_be_placed_is_refused(ray_cluster: None, tmp_path: Path) -> None:
+    out = Output(tmp_path / "out", runtime=RayRuntime(held_cpus=2))
+    with pytest.raises(StepError, match="train asks for 1 CPU cores per worker"):
+        out.runtime.train("objective", TrainingConfig(), out)  # type: ignore[arg-type]
 
 
 @settings(max_examples=40, deadline=None)
