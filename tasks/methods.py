@@ -123,8 +123,8 @@ def _source(module: str) -> bytes:
 
 
 def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "goldcrest" / "settings"
+    own = os.environ.get("GOLDCREST_CACHE")
+    return Path(own or Path.home() / ".cache" / "goldcrest") / "settings"
 
 
 def _remember(path: Path, answer: Mapping[str, Any]) -> None:

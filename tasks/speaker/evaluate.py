@@ -304,7 +304,7 @@ def score_figure(scores: Mapping[str, np.ndarray], target: np.ndarray) -> Any:
     for axis in axes.flat[len(scores) :]:
         axis.remove()
     for axis, (name, values) in zip(axes.flat, scores.items(), strict=False):
-        bins = np.linspace(values.min(), values.max(), 50)
+        bins = np.linspace(values.min() - 1e-6, values.max() + 1e-6, 50)
         axis.hist(values[~target], bins=bins, alpha=0.6, density=True, label="non-target")
         axis.hist(values[target], bins=bins, alpha=0.6, density=True, label="target")
         axis.set_title(name, fontsize="small")

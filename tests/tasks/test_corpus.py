@@ -1,0 +1,180 @@
+"""Corpus layouts, metadata that is wrong, and names that try to leave their folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import soundfile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from goldcrest.cluster.api import InputError
+from goldcrest.tasks.data.corpus import corpus_name, read_corpora, read_corpus
+
+
+def touch(root: Path, *names: str) -> Path:
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"RIFF")
+    return root
+
+
+def metadata(root: Path, *rows: object, name: str = "metadata.jsonl") -> Path:
+    root.mkdir(parents=True, exist_ok=True)
+    lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
+    (root / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return root
+
+
+def test_a_folder_per_speaker(tmp_path: Path) -> None:
+    root = touch(tmp_path / "pack", "anna/1.wav", "anna/deep/2.flac", "bob/1.ogg", "bob/notes.txt")
+    found = read_corpora((str(root),))
+    assert [(r.id, r.speaker) for r in found] == [
+        ("pack/anna/1.wav", "anna"),
+        ("pack/anna/deep/2.flac", "anna"),
+        ("pack/bob/1.ogg", "bob"),
+    ]
+
+
+def test_a_bare_folder_is_unlabelled(tmp_path: Path) -> None:
+    root = touch(tmp_path / "bare", "1.wav", "later/2.wav")
+    assert [r.speaker for r in read_corpora((str(root),))] == [None, None]
+
+
+def test_the_layout_can_be_stated(tmp_path: Path) -> None:
+    root = touch(tmp_path / "sessions", "monday/1.wav", "tuesday/1.wav")
+    assert {r.speaker for r in read_corpora((str(root),), "bare")} == {None}
+
+
+def test_metadata_names_speakers_and_absent_files(tmp_path: Path) -> None:
+    root = metadata(
+        tmp_path / "m",
+        {"file_name": "a.wav", "speaker": "s1", "sex": "F", "text": "hi"},
+        {"file_name": "gone.wav", "speaker": 7},
+        {"file_name": "face.jpg"},
+    )
+    touch(root, "a.wav")
+    found = read_corpora((str(root),))
+    assert [(r.speaker, r.sex, r.text) for r in found] == [("s1", "F", "hi"), ("7", None, None)]
+    assert found[0].problem is None
+    assert "metadata.jsonl:2" in (found[1].problem or "")
+
+
+def test_csv_metadata(tmp_path: Path) -> None:
+    root = touch(tmp_path / "c", "a.wav")
+    (root / "metadata.csv").write_text("file_name,speaker\na.wav,ann\n")
+    assert [r.speaker for r in read_corpora((str(root),))] == ["ann"]
+
+
+def test_parquet_metadata(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    root = touch(tmp_path / "p", "a.wav")
+    pq.write_table(
+        pa.table({"file_name": ["a.wav"], "speaker": ["ann"]}), root / "metadata.parquet"
+    )
+    assert [r.speaker for r in read_corpora((str(root),))] == ["ann"]
+
+
+def test_a_manifest_file_is_a_corpus(tmp_path: Path) -> None:
+    root = touch(tmp_path / "m", "a.wav")
+    metadata(root, {"file_name": "a.wav"}, name="train.jsonl")
+    assert len(read_corpora((str(root / "train.jsonl"),))) == 1
+
+
+def test_two_corpora_of_one_name_stay_apart(tmp_path: Path) -> None:
+    one, two = touch(tmp_path / "x" / "pack", "a.wav"), touch(tmp_path / "y" / "pack", "a.wav")
+    found = read_corpora((str(one), str(two)))
+    assert [r.id for r in found] == ["pack/a.wav", "pack-2/a.wav"]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ('{"file_name": "a.wav"', "metadata.jsonl:1: not a line of UTF-8 JSON"),
+        ("[1, 2]", "a JSON object was expected"),
+        ({"speaker": "s"}, "no 'file_name'"),
+        ({"file_name": "../../etc/passwd.wav"}, "lies outside"),
+        ({"file_name": "/etc/passwd.wav"}, "lies outside"),
+        ({"file_name": "a.wav", "speaker": ["s"]}, "field 'speaker' is list"),
+        ("[" * 100_000, "not a line of UTF-8 JSON"),
+    ],
+)
+def test_wrong_metadata_names_file_and_line(tmp_path: Path, row: object, words: str) -> None:
+    with pytest.raises(InputError, match=words.replace("[", r"\[")):
+        read_corpora((str(metadata(tmp_path / "w", row)),))
+
+
+def test_a_file_listed_twice_is_refused(tmp_path: Path) -> None:
+    root = touch(metadata(tmp_path / "d", {"file_name": "a.wav"}, {"file_name": "a.wav"}), "a.wav")
+    with pytest.raises(InputError, match="listed twice"):
+        read_corpora((str(root),))
+
+
+def test_an_endless_line_is_refused(tmp_path: Path) -> None:
+    root = metadata(tmp_path / "long", '{"file_name": "' + "x" * (1 << 20) + '"}')
+    with pytest.raises(InputError, match="longer than"):
+        read_corpora((str(root),))
+
+
+def test_invalid_utf8_is_named(tmp_path: Path) -> None:
+    root = tmp_path / "u"
+    root.mkdir()
+    (root / "metadata.jsonl").write_bytes(b'{"file_name": "\xff.wav"}\n')
+    with pytest.raises(InputError, match=r"metadata.jsonl:1"):
+        read_corpora((str(root),))
+
+
+def test_a_symlink_out_of_the_corpus_is_refused(tmp_path: Path) -> None:
+    secret = touch(tmp_path, "secret.wav") / "secret.wav"
+    root = metadata(tmp_path / "s", {"file_name": "link.wav"})
+    (root / "link.wav").symlink_to(secret)
+    with pytest.raises(InputError, match="lies outside"):
+        read_corpora((str(root),))
+
+
+def test_missing_and_empty_corpora(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not exist"):
+        read_corpora((str(tmp_path / "nowhere"),))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="holds no audio"):
+        read_corpora((str(tmp_path / "empty"),))
+
+
+def test_a_saved_dataset(tmp_path: Path) -> None:
+    import datasets
+
+    sound = tmp_path / "a.wav"
+    soundfile.write(sound, [0.1] * 1600, 16_000)
+    table = datasets.Dataset.from_dict(
+        {"audio": [{"bytes": sound.read_bytes(), "path": "a.wav"}], "speaker": ["ann"]}
+    )
+    table.save_to_disk(str(tmp_path / "saved"))
+    (found,) = read_corpora((f"datasets:{tmp_path / 'saved'}",))
+    assert found.data == sound.read_bytes()
+    assert found.speaker == "ann"
+
+
+def test_a_dataset_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="can't be loaded"):
+        read_corpora((f"datasets:{tmp_path / 'none'}",))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.binary(max_size=300))
+def test_any_bytes_as_metadata_raise_nothing_but_input_errors(tmp_path_factory, content) -> None:
+    root = tmp_path_factory.mktemp("fuzz")
+    (root / "metadata.jsonl").write_bytes(content)
+    try:
+        assert all(r.corpus == "fuzz" for r in read_corpus(str(root), "fuzz"))
+    except InputError as error:
+        assert "metadata.jsonl" in str(error)
+
+
+def test_names_of_corpora() -> None:
+    assert corpus_name("/data/librispeech") == "librispeech"
+    assert corpus_name("datasets:org/name:train") == "name"

@@ -1,0 +1,119 @@
+"""Prepare: what goes in, what is cut, what is held out, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from goldcrest.cluster.api import InputError, StepError
+from goldcrest.tasks.data.audio import from_pcm16
+from goldcrest.tasks.data.corpus import Recording
+from goldcrest.tasks.speaker.prepare import PrepareConfig, hold_out_speakers, prepare
+
+
+def test_a_folder_of_speech(run_task, speech_folder: Path) -> None:
+    made = run_task(prepare, PrepareConfig(paths=(str(speech_folder),)))
+    facts = made.table("facts").to_pylist()
+    assert len(facts) == 12
+    assert {row["split"] for row in facts} == {"train", "eval"}
+    audio = made.table("utterances")["audio"].to_pylist()
+    lengths = [len(from_pcm16(data)) / 16_000 for data in audio]
+    assert lengths == pytest.approx([row["seconds"] for row in facts])
+    assert made.metrics["corpus"]["train"]["speakers"] == 2
+    assert made.metrics["quarantined"] == 0
+
+
+def test_the_same_seed_gives_the_same_bytes(run_task, speech_folder: Path) -> None:
+    cfg = PrepareConfig(paths=(str(speech_folder),))
+    one, two, *others = (run_task(prepare, cfg, seed=s).manifest["files"] for s in (0, 0, 1, 2, 3))
+    assert one == two
+    # Another seed holds out other speakers; with 6 ways to choose 2 of 4, not at every seed.
+    assert any(one["facts.parquet"] != other["facts.parquet"] for other in others)
+
+
+def test_long_recordings_are_cut_evenly(run_task, tmp_path: Path) -> None:
+    root = tmp_path / "long"
+    root.mkdir()
+    noise = 0.1 * np.random.default_rng(0).standard_normal(16_000 * 9)
+    soundfile.write(root / "a.wav", noise, 16_000)
+    facts = run_task(prepare, PrepareConfig(paths=(str(root),))).table("facts").to_pylist()
+    assert [row["seconds"] for row in facts] == pytest.approx([3.0, 3.0, 3.0])
+    assert [row["id"] for row in facts] == [f"long/a.wav#{n:03d}" for n in range(3)]
+
+
+def test_bad_files_go_to_quarantine_with_reasons(run_task, speech_folder: Path) -> None:
+    rows = [
+        {"file_name": str(p.relative_to(speech_folder)), "speaker": p.parent.name}
+        for p in sorted(speech_folder.rglob("*.wav"))
+    ]
+    rows.append({"file_name": "gone.wav", "speaker": "speaker0"})
+    (speech_folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (speech_folder / "speaker1" / "take0.wav").write_bytes(b"")
+    soundfile.write(speech_folder / "speaker2" / "take0.wav", np.zeros(16_000), 16_000)
+    made = run_task(prepare, PrepareConfig(paths=(str(speech_folder),), max_bad_share=0.5))
+    reasons = {row["id"]: row["reason"] for row in made.table("quarantine").to_pylist()}
+    assert made.metrics["quarantined"] == len(reasons) == 3
+    assert "0 bytes" in reasons["corpus/speaker1/take0.wav"]
+    assert "silent" in reasons["corpus/speaker2/take0.wav"]
+    assert "absent" in reasons["corpus/gone.wav"]
+    assert made.table("facts").num_rows == 10
+
+
+def test_too_many_bad_files_stop_the_step(run_task, speech_folder: Path) -> None:
+    for path in list(speech_folder.rglob("*.wav"))[:6]:
+        path.write_text("not audio")
+    with pytest.raises(StepError, match="6 of 12 recordings can't be used"):
+        run_task(prepare, PrepareConfig(paths=(str(speech_folder),)))
+
+
+def test_evaluation_corpora_never_train(run_task, speech_folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    speech_folder.joinpath("speaker3").rename(other)
+    cfg = PrepareConfig(paths=(str(speech_folder),), eval_paths=(str(other),))
+    facts = run_task(prepare, cfg).table("facts").to_pylist()
+    assert {row["corpus"]: row["split"] for row in facts} == {"corpus": "train", "other": "eval"}
+
+
+def test_one_folder_for_both_is_refused(run_task, speech_folder: Path) -> None:
+    path = str(speech_folder)
+    with pytest.raises(InputError, match="for training and for evaluation"):
+        run_task(prepare, PrepareConfig(paths=(path,), eval_paths=(f"{path}/",)))
+
+
+def test_the_embedded_corpus(run_task) -> None:
+    made = run_task(prepare, PrepareConfig(embedded={"speakers": 5, "utterances": 2}))
+    facts = made.table("facts").to_pylist()
+    assert len({row["speaker"] for row in facts}) == 5
+    assert {row["sex"] for row in facts} <= {"M", "F"}
+    assert made.metrics["corpus"]["eval"]["speakers"] == 2
+
+
+@settings(deadline=None, max_examples=40)
+@given(speakers=st.integers(1, 12), share=st.floats(0, 0.99), seed=st.integers(0, 3))
+def test_held_out_speakers_are_disjoint(speakers: int, share: float, seed: int) -> None:
+    recordings = [
+        Recording(id=f"{s}/{n}", corpus="c", path=Path("x"), speaker=f"s{s}")
+        for s in range(speakers)
+        for n in range(2)
+    ]
+    splits = hold_out_speakers(recordings, share, seed)
+    sides = {
+        side: {r.speaker for r, s in zip(recordings, splits, strict=True) if s == side}
+        for side in ("train", "eval")
+    }
+    assert not sides["train"] & sides["eval"]
+    assert len(sides["train"]) >= min(speakers, 2)
+    assert len(sides["eval"]) != 1
+    if speakers >= 4 and share > 0:
+        assert len(sides["eval"]) >= 2
+
+
+def test_the_unlabelled_train() -> None:
+    recordings = [Recording(id=str(n), corpus="c", path=Path("x")) for n in range(9)]
+    assert set(hold_out_speakers(recordings, 0.3, 0)) == {"train"}

@@ -1,0 +1,354 @@
+"""The steps of the speaker pipeline one after the other, small, in this process, without Ray."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from goldcrest.cluster.api import Artifact, InputError, StepError
+from goldcrest.tasks.data.audio import from_pcm16
+from goldcrest.tasks.data.frames import FrameReader
+from goldcrest.tasks.speaker.bundle import (
+    bundle_bytes,
+    load_bundle,
+    load_network,
+    load_state,
+    read_description,
+)
+from goldcrest.tasks.speaker.cluster import ClusterConfig, cluster, compact
+from goldcrest.tasks.speaker.embed import EmbedConfig, embed
+from goldcrest.tasks.speaker.evaluate import EvaluateConfig, evaluate
+from goldcrest.tasks.speaker.features import FeatureConfig, features
+from goldcrest.tasks.speaker.frontend import FrontEnd, FrontEndConfig
+from goldcrest.tasks.speaker.ivector import IvectorConfig, ivector
+from goldcrest.tasks.speaker.prepare import PrepareConfig, prepare
+from goldcrest.tasks.speaker.pretrain import PretrainConfig, pretrain
+from goldcrest.tasks.speaker.quantize import QuantizeConfig, quantize
+from goldcrest.tasks.speaker.sparse_finetune import SparseConfig, sparse_finetune
+from goldcrest.tasks.speaker.true_labels import TrueLabelsConfig, true_labels
+from goldcrest.tasks.speaker.vectors import read_vectors
+
+NETWORK = {
+    "channels": 16,
+    "mfa_channels": 24,
+    "attention_channels": 8,
+    "se_channels": 8,
+    "embedding_dim": 12,
+}
+IVECTOR = IvectorConfig(
+    covariance="full",
+    diagonal={"gaussians": 8, "iterations": 4},
+    full={"iterations": 1},
+    ubm_passes=1,
+    statistics={"scale": 0.1, "second_order": "full", "selected": 4},
+    model={"dimensions": 6, "iterations": 2, "minimum_count": 1.0},
+    whitening=0.5,
+    shard_utterances=7,
+)
+
+
+def training(epochs: int) -> dict[str, Any]:
+    return {"epochs": epochs, "batch_size": 8, "learning_rate": 3e-3}
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
+    """Every artifact of the chain by the name of its step."""
+    from goldcrest.cluster.artifact import Output, describe_files
+    from goldcrest.cluster.runtime import LocalRuntime
+
+    root = tmp_path_factory.mktemp("chain")
+    done: dict[str, Artifact] = {}
+
+    def run(name: str, task: Any, cfg: Any, *inputs: Any) -> None:
+        folder = root / name
+        folder.mkdir()
+        scratch = root / f"{name}-scratch"
+        out = Output(folder, runtime=LocalRuntime(), seed=0, scratch=scratch)
+        task(cfg, *inputs, out=out)
+        done[name] = Artifact(
+            folder,
+            {
+                "key": "0" * 64,
+                "step": name,
+                "files": describe_files(folder),
+                "metrics": out.collected_metrics,
+                "measurements": out.measurements,
+            },
+        )
+
+    run("corpus", prepare, PrepareConfig(embedded={"speakers": 8, "utterances": 3}, eval_share=0.5))
+    run(
+        "features",
+        features,
+        FeatureConfig(augment={"copies": 1}, fbank={"mel_bins": 24}, deltas=1),
+        done["corpus"],
+    )
+    run("ivectors", ivector, IVECTOR, done["features"])
+    run(
+        "kmeans",
+        cluster,
+        ClusterConfig(method="kmeans", clusters=4),
+        done["ivectors"],
+        done["corpus"],
+    )
+    run("truth", true_labels, TrueLabelsConfig(), done["corpus"])
+    run(
+        "dense",
+        pretrain,
+        PretrainConfig(network=NETWORK, crop_frames=60, training=training(3)),
+        done["features"],
+        done["truth"],
+    )
+    run(
+        "sparse",
+        sparse_finetune,
+        SparseConfig(sparsity=0.7, crop_frames=60, calibration=8, training=training(2)),
+        done["dense"],
+        done["features"],
+        done["truth"],
+    )
+    run("int8", quantize, QuantizeConfig(calibration=8), done["sparse"], done["features"])
+    run("embed", embed, EmbedConfig(shard_utterances=5), done["dense"], done["features"])
+    run(
+        "evaluate",
+        evaluate,
+        EvaluateConfig(bootstrap=20, timed_utterances=3),
+        *(done[n] for n in ("corpus", "features", "ivectors", "dense", "sparse", "int8")),
+    )
+    return done
+
+
+def test_features_are_those_of_one_waveform_alone(chain: dict[str, Artifact]) -> None:
+    """Batches, workers and files change nothing: row = front end of that utterance."""
+    front_end = FrontEnd(FrontEndConfig(**chain["features"].json("frontend")))
+    table = chain["corpus"].table("utterances")
+    mfcc = FrameReader(chain["features"].file("mfcc.arrow"))
+    fbank = FrameReader(chain["features"].file("fbank.arrow"))
+    for number in (0, 5, 11):
+        name = table["id"][number].as_py()
+        samples = from_pcm16(table["audio"][number].as_py())
+        assert np.allclose(mfcc[mfcc.rows()[name]], front_end.mfcc(samples), atol=1e-4)
+        assert np.allclose(fbank[fbank.rows()[name]], front_end.fbank(samples), atol=2e-2)
+
+
+def test_only_training_utterances_are_augmented(chain: dict[str, Artifact]) -> None:
+    index = chain["features"].table("index").to_pylist()
+    assert {row["split"] for row in index if row["copy"] == 1} == {"train"}
+    reader = FrameReader(chain["features"].file("fbank.arrow"))
+    name, clean = next(iter(reader.rows(0).items()))
+    if name in reader.rows(1):
+        copy = reader[reader.rows(1)[name]]
+        assert copy.shape[1] == reader[clean].shape[1]
+        assert copy.shape != reader[clean].shape or not np.allclose(copy, reader[clean], atol=0.1)
+
+
+def test_ivectors_have_unit_length_and_pairs_by_id(chain: dict[str, Artifact]) -> None:
+    found = read_vectors(chain["ivectors"], "train")
+    assert np.linalg.norm(found.matrix, axis=1) == pytest.approx(1.0, abs=1e-5)
+    assert found.augmented.shape == (1, len(found.ids), 6)
+    cosine = (found.matrix * found.augmented[0]).sum(1).mean()
+    strangers = (found.matrix * np.roll(found.augmented[0], 7, axis=0)).sum(1).mean()
+    assert cosine > strangers + 0.1
+
+
+def test_shards_change_nothing(chain: dict[str, Artifact], run_task) -> None:
+    whole = run_task(
+        ivector, IVECTOR.model_copy(update={"shard_utterances": 999}), chain["features"]
+    )
+    a, b = (x.matrix("vectors", "vector") for x in (whole, chain["ivectors"]))
+    assert np.allclose(a, b, atol=1e-4)
+
+
+def test_the_extractor_never_sees_evaluation_speakers(chain: dict[str, Artifact], run_task) -> None:
+    """Evaluation rows replaced by zeros: the extractor's tensors stay the same bytes."""
+    import pyarrow as pa
+
+    folder = chain["features"].path.parent / "tampered"
+    if not folder.exists():
+        shutil.copytree(chain["features"].path, folder)
+    index = chain["features"].table("index")
+    is_eval = np.array(index["split"].to_pylist()) == "eval"
+    table = pa.ipc.open_file(str(folder / "mfcc.arrow")).read_all()
+    frames = table["frames"].to_pylist()
+    frames = [bytes(len(row)) if flag else row for row, flag in zip(frames, is_eval, strict=True)]
+    noisy = table.set_column(2, "frames", pa.array(frames, pa.large_binary()))
+    with (
+        pa.OSFile(str(folder / "mfcc.arrow"), "wb") as sink,
+        pa.ipc.new_file(sink, table.schema) as w,
+    ):
+        w.write_table(noisy)
+    from goldcrest.cluster.artifact import describe_files
+
+    manifest = {**chain["features"].manifest, "files": describe_files(folder)}
+    again = run_task(ivector, IVECTOR, Artifact(folder, manifest))
+    for name, tensor in chain["ivectors"].tensors("extractor").items():
+        assert torch.equal(tensor, again.tensors("extractor")[name]), name
+
+
+def test_clustering_metrics_do_not_steer_the_labels(chain: dict[str, Artifact], run_task) -> None:
+    cfg = ClusterConfig(method="kmeans", clusters=4)
+    blind = run_task(cluster, cfg, chain["ivectors"], None)
+    assert blind.table("labels").equals(chain["kmeans"].table("labels"))
+    assert "nmi" not in blind.metrics["clustering"]["kmeans"]
+    assert 0 <= chain["kmeans"].metrics["clustering"]["kmeans"]["nmi"] <= 1
+
+
+def test_more_clusters_than_utterances_is_a_sentence(chain: dict[str, Artifact], run_task) -> None:
+    with pytest.raises(StepError, match="cannot make 500 clusters"):
+        run_task(cluster, ClusterConfig(method="kmeans", clusters=500), chain["ivectors"], None)
+
+
+def test_compact_labels_have_no_gaps() -> None:
+    assert compact(np.array([7, 3, 7, 9])).tolist() == [1, 0, 1, 2]
+
+
+def test_training_lowers_the_loss(chain: dict[str, Artifact]) -> None:
+    losses = [row["loss"] for row in chain["dense"].json("history")]
+    assert losses[-1] < losses[0]
+
+
+def test_the_sparse_bundle_is_sparse_and_smaller(chain: dict[str, Artifact]) -> None:
+    network = load_network(chain["sparse"].path)
+    assert chain["sparse"].metrics["sparsity"]["pruned_layers"] == pytest.approx(0.7, abs=0.01)
+    zeros = float((network.aggregate.weight == 0).float().mean())
+    assert zeros == pytest.approx(0.7, abs=0.01)
+    assert bundle_bytes(chain["sparse"].path) < bundle_bytes(chain["dense"].path)
+
+
+def test_int8_weights_are_stored_as_integers(chain: dict[str, Artifact]) -> None:
+    state = load_state(chain["int8"].path)
+    assert any(value.dtype == torch.int8 for value in state.values())
+    assert bundle_bytes(chain["int8"].path) < bundle_bytes(chain["sparse"].path)
+    assert chain["int8"].metrics["int8"]["embedding_cosine"] > 0.97
+
+
+@pytest.mark.parametrize("name", ["dense", "sparse", "int8"])
+def test_a_bundle_alone_embeds_a_waveform(
+    chain: dict[str, Artifact], tmp_path: Path, name: str
+) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    for member in ("bundle.json", "model.safetensors"):
+        shutil.copy(chain[name].path / member, folder)
+    model = load_bundle(folder)
+    data = chain["corpus"].table("utterances")["audio"][0].as_py()
+    vector = model.embed_waveform(from_pcm16(data))
+    assert vector.shape == (12,)
+    assert np.isfinite(vector).all()
+
+
+def test_embeddings_are_the_bundles(chain: dict[str, Artifact]) -> None:
+    reader = FrameReader(chain["features"].file("fbank.arrow"))
+    one = load_bundle(chain["dense"].path).embed(reader[3])
+    row = chain["embed"].matrix("vectors", "vector")[3]
+    assert one / np.linalg.norm(one) == pytest.approx(row, abs=1e-5)
+
+
+def test_a_wrong_bundle_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"bundle\.json can't be read"):
+        read_description(tmp_path)
+    (tmp_path / "bundle.json").write_text('{"kind": "cake"}')
+    with pytest.raises(InputError, match="speaker-embedding"):
+        read_description(tmp_path)
+    (tmp_path / "bundle.json").write_text('{"kind": "speaker-embedding", "schema": 99}')
+    with pytest.raises(InputError, match="schema 99"):
+        read_description(tmp_path)
+    (tmp_path / "bundle.json").write_text('{"kind": "speaker-embedding", "schema": 1}')
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 64)
+    with pytest.raises(InputError, match=r"model\.safetensors can't be read"):
+        load_state(tmp_path)
+
+
+def test_evaluation_reports_every_system(chain: dict[str, Artifact]) -> None:
+    metrics = chain["evaluate"].metrics
+    systems = {"meanstd", "ivector", "dense", "sparse", "int8", "fusion"}
+    for section in ("verification", "verification_seen"):
+        assert set(metrics[section]) == systems
+        for found in metrics[section].values():
+            assert 0 <= found["eer"] <= 100
+            assert found["eer_ci"][0] <= found["eer_ci"][1]
+            assert {"min_dcf_0.01", "min_dcf_0.05", "trials"} <= set(found)
+    assert set(metrics["models"]) == {"dense", "sparse", "int8"}
+    assert metrics["models"]["dense"]["parameters"] == metrics["models"]["sparse"]["parameters"]
+    speed = chain["evaluate"].manifest["measurements"]["models"]
+    assert all(speed[name]["latency_ms_p50"] > 0 for name in ("dense", "sparse", "int8"))
+
+
+def test_unseen_trials_hold_no_training_speaker(chain: dict[str, Artifact]) -> None:
+    facts = chain["corpus"].table("facts").to_pylist()
+    trained = {row["id"] for row in facts if row["split"] == "train"}
+    scores = chain["evaluate"].table("scores_verification")
+    used = {*scores["first"].to_pylist(), *scores["second"].to_pylist()}
+    assert used
+    assert not used & trained
+
+
+def test_a_given_trial_list(chain: dict[str, Artifact], run_task, tmp_path: Path) -> None:
+    inputs = [chain[n] for n in ("corpus", "features", "ivectors", "dense")]
+    facts = chain["corpus"].table("facts").to_pylist()
+    by_speaker: dict[str, list[str]] = {}
+    for row in facts:
+        by_speaker.setdefault(row["speaker"], []).append(row["id"])
+    (a, b, *_), (c, *_) = list(by_speaker.values())[:2]
+    path = tmp_path / "trials.txt"
+    path.write_text(f"1 {a} {b}\n0 {a} {c.partition('/')[2]}\n")
+    cfg = EvaluateConfig(trials=str(path), bootstrap=10, timed_utterances=1)
+    made = run_task(evaluate, cfg, *inputs, None, None)
+    assert made.metrics["verification"]["dense"]["trials"] == 2
+    assert "sparse" not in made.metrics["verification"]
+    for text, words in (("1 a\n", "label utterance"), ("1 x y\n", "'x' is not"), ("", "target")):
+        path.write_text(text)
+        with pytest.raises(InputError, match=words):
+            run_task(evaluate, cfg, *inputs, None, None)
+
+
+def test_without_labels_there_are_models_but_no_error_rates(
+    chain: dict[str, Artifact], run_task
+) -> None:
+    import pyarrow as pa
+
+    folder = chain["corpus"].path.parent / "unlabelled"
+    if not folder.exists():
+        shutil.copytree(chain["corpus"].path, folder)
+    import pyarrow.parquet as pq
+
+    facts = pq.read_table(folder / "facts.parquet")
+    place = facts.schema.get_field_index("speaker")
+    facts = facts.set_column(place, "speaker", pa.nulls(facts.num_rows, pa.string()))
+    pq.write_table(facts, folder / "facts.parquet")
+    from goldcrest.cluster.artifact import describe_files
+
+    manifest = {**chain["corpus"].manifest, "files": describe_files(folder)}
+    corpus = Artifact(folder, manifest)
+    inputs = [chain[n] for n in ("features", "ivectors", "dense")]
+    cfg = EvaluateConfig(bootstrap=10, timed_utterances=1)
+    made = run_task(evaluate, cfg, corpus, *inputs, None, None)
+    assert made.metrics["verification"] == {}
+    assert made.metrics["models"]["dense"]["bytes"] > 0
+    with pytest.raises(StepError, match="two labelled speakers"):
+        run_task(true_labels, TrueLabelsConfig(), corpus)
+
+
+@pytest.mark.parametrize("distillation", ["none", "logits", "feature_mse"])
+@pytest.mark.parametrize("method", ["magnitude"])
+def test_the_baselines_of_sparse_finetuning(
+    chain: dict[str, Artifact], run_task, distillation: str, method: str
+) -> None:
+    cfg = SparseConfig(
+        method=method,
+        distillation=distillation,
+        sparsity=0.5,
+        crop_frames=60,
+        calibration=4,
+        training=training(1),
+    )
+    made = run_task(sparse_finetune, cfg, *(chain[n] for n in ("dense", "features", "truth")))
+    assert made.metrics["sparsity"]["pruned_layers"] == pytest.approx(0.5, abs=0.01)
+    names = set(made.json("history")[0])
+    assert (distillation in names) == (distillation != "none")
