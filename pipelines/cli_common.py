@@ -168,7 +168,7 @@ def answering(json_file: Path | None, failure: dict[str, Any] | None = None) -> 
     except typer.Exit:
         raise
     except Exception as error:  # noqa: BLE001 - machines are owed their JSON in any case
-        traceback.print_exc()
+        sys.stderr.write(mask_text(traceback.format_exc()))
         message = mask_text(f"unexpected {type(error).__name__}: {error}")
         failed(FAILED, message, "a fault of goldcrest or of this machine: see the lines above it")
         say(f"error: {message}", style="red", error=True)

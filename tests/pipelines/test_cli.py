@@ -277,6 +277,7 @@ def test_an_unexpected_error_still_answers_machines(
     monkeypatch.setattr(cli_run, "execute", broken)
     done = call("run", GARDEN, "--json", "answer.json")
     assert done.code == 1
+    assert "hush" not in done.err
     error = json.loads((tmp_path / "answer.json").read_text())["error"]
     assert error["message"] == "unexpected ZeroDivisionError: at s3://***@b"
 
