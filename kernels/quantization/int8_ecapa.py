@@ -16,10 +16,13 @@ The residual stream, squeeze-excitation (a vector per utterance) and the statist
 are float32. Matrices that meet one vector per utterance (squeeze, excite, the attention's view of
 the utterance's statistics) are stored as int8 and multiplied in float32: nothing is gained there.
 
-Measured (batch of 1, 1 thread, AVX2 without VNNI): see `tests/bench/test_int8_bench.py`. Of the
-candidates, oneDNN's convolutions on channels-last uint8 were the fastest: 0.93 ms for 512 -> 512
-channels on 300 frames, float32 2.5 ms, torch's older quantized conv1d 1.2 ms, `torch._int_mm`
-170 ms (it has no fast path here); onnxruntime would add a dependency and a second graph to keep.
+Measured (batch of 1, 1 thread, AVX2 without VNNI, CPU time), float32 against integers, 300 frames:
+C = 128: 13.7 and 10.2 ms, C = 256: 23.4 and 13.4 ms, C = 512: 63.9 and 28.4 ms; tensors 3.86 to
+3.94 times smaller (`tests/bench/test_int8_bench.py` repeats it). One convolution of 512 to 512
+channels: float32 2.0 ms; oneDNN's integer kernel on channels-last uint8 0.88 ms; onnxruntime's
+QLinearConv 0.87 ms, the same, for a dependency and a second description of the network to keep;
+torch's older quantized conv1d 1.2 ms, on tensor types that torch is about to remove;
+`torch._int_mm` 170 ms.
 
 B utterances   F features   T frames   C channels   M aggregated channels   E embedding dimensions
 """

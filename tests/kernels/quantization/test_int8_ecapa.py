@@ -164,7 +164,7 @@ def test_pruned_weights_stay_zero_and_pack() -> None:
     model = network(channels=64, mfa_channels=128)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim > 1 and "gate" not in name:
+            if parameter.ndim > 1 and ".gate." not in name:
                 order = parameter.abs().flatten().argsort()
                 parameter.flatten()[order[: round(0.7 * order.numel())]] = 0
     quantized = quantize_ecapa(model, batches(), Settings())
