@@ -12,7 +12,14 @@ is trained without labels by a weighted sum of terms, each in its own file under
 The method is an objective for a training engine, which owns batches, optimiser and checkpoints; it
 has no loop of its own. The study: SGD, momentum 0.9, learning rate 0.01 decaying by 0.996 *per
 epoch*, batches of 10,240, 150 epochs, the last partial batch dropped. The batch is part of the
-objective: its H(Y) is at most log(batch), so it should be several times C.
+objective: its H(Y) is at most log(batch), so it should be several times C. Workers see the H(Y) of
+their common batch; micro-batches of gradient accumulation do not (`terms.imsat.two_pass_backward`
+is the exact way).
+
+Why the other terms may wait (`start_certainty`): the network starts from logits near 0, and the
+gradient of *normalised* logits grows as 1/|logits|, so that SupCon and InfoNCE swamp everything in
+the first steps and pull all vectors into one cluster. They, and mixup, are harmless once the
+predictions say something, which MI/H(Y) of the predictions tells without labels.
 
 N utterances, B batch, D dimensions, C clusters, S hidden units, J augmentations.
 """
@@ -176,8 +183,10 @@ class CimcObjective:
         self._lonely = torch.zeros((), dtype=torch.int64)
         self._certainty = torch.zeros(())
         terms = [name for name in TERMS if settings.terms.get(name, 0) > 0]
-        parts = [["sat", "information"] if name == "imsat" else [name] for name in terms]
-        self._names = [name for part in parts for name in part]  # the same in every step
+        parts = {name: ("sat", "information") if name == "imsat" else (name,) for name in terms}
+        self._weights = {  # of every named loss; the names are the same in every step
+            part: settings.terms[name] for name in terms for part in parts[name]
+        }
 
     def __len__(self) -> int:
         """Vectors per epoch."""
@@ -232,9 +241,8 @@ class CimcObjective:
             perturbed = quiet(x + push)
         if "imsat" in active:
             divergence = kl_divergence if settings.sat_divergence == "kl" else cross_entropy
-            weight = settings.terms["imsat"]
-            found["sat"] = weight * divergence(logits.detach(), perturbed)
-            found["information"] = weight * information_loss(
+            found["sat"] = divergence(logits.detach(), perturbed)
+            found["information"] = information_loss(
                 logits, weight=settings.information_weight, mu=settings.mu
             )
         if "vicreg_inv" in active:
@@ -242,7 +250,8 @@ class CimcObjective:
         if active & {"aug", "infonce"}:
             found |= self._augmented_losses(quiet(batch["augmented"]), logits, active)
         found |= self._clean_losses(quiet, batch, logits, active)
-        return {name: found.get(name, logits.new_zeros(())) for name in self._names}
+        off = logits.new_zeros(())
+        return {name: weight * found.get(name, off) for name, weight in self._weights.items()}
 
     def _clean_losses(
         self, quiet: partial[Tensor], batch: dict[str, Tensor], logits: Tensor, active: frozenset
@@ -272,7 +281,7 @@ class CimcObjective:
             found["vicreg_var"] = vicreg.VARIANCE * value
         if "vicreg_cov" in active:
             found["vicreg_cov"] = vicreg.COVARIANCE * vicreg.covariance(logits)
-        return {name: settings.terms[name] * value for name, value in found.items()}
+        return found
 
     def _augmented_losses(
         self, augmented: Tensor, logits: Tensor, active: frozenset
@@ -284,7 +293,7 @@ class CimcObjective:
             found["infonce"] = infonce_loss(
                 logits, augmented, temperature=settings.infonce_temperature
             )
-        return {name: settings.terms[name] * value for name, value in found.items()}
+        return found
 
     @torch.no_grad()
     def _certainty_with(self, logits: Tensor) -> float:
@@ -308,7 +317,8 @@ class CimcObjective:
         assert isinstance(model, Mlp)
         set_population_statistics(model, self.x)
         logits = predict_logits(model, self.x)
-        marginal, conditional = (float(value) for value in entropies(logits))
+        p = logits.softmax(dim=1)
+        marginal, conditional = float(entropy(p.mean(dim=0))), float(entropy(p).mean())
         labels = logits.argmax(dim=1)
         sizes = labels.bincount(minlength=self.clusters)
         metrics = {

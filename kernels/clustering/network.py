@@ -109,7 +109,8 @@ def set_population_statistics(model: Mlp, x: Tensor, *, chunk: int = 8192) -> No
     training = model.training
     model.eval()
     for depth, layer in enumerate(model.hidden):
-        total = torch.zeros(layer.linear.out_features, dtype=torch.float64, device=x.device)
+        place = layer.linear.weight.device
+        total = torch.zeros(layer.linear.out_features, dtype=torch.float64, device=place)
         squares = torch.zeros_like(total)
         for block in x.split(chunk):
             total += _before_norm(model, block, depth).double().sum(dim=0)
@@ -121,7 +122,13 @@ def set_population_statistics(model: Mlp, x: Tensor, *, chunk: int = 8192) -> No
     model.train(training)
 
 
+def _placed(model: Mlp, x: Tensor) -> Tensor:
+    """x on the device and in the precision of the model."""
+    return x.to(model.output.weight)
+
+
 def _before_norm(model: Mlp, x: Tensor, depth: int) -> Tensor:
+    x = _placed(model, x)
     for layer in model.hidden[:depth]:
         x = layer(x)
     return model.hidden[depth].linear(x)
@@ -129,9 +136,9 @@ def _before_norm(model: Mlp, x: Tensor, depth: int) -> Tensor:
 
 @torch.no_grad()
 def predict_logits(model: Mlp, x: Tensor, *, chunk: int = 8192) -> Tensor:
-    """Logits (N, C) of x (N, D) in eval mode, by chunks."""
+    """Logits (N, C) float32 of x (N, D) in eval mode, by chunks, where x is."""
     training = model.training
     model.eval()
-    logits = torch.cat([model(block) for block in x.split(chunk)])
+    logits = [model(_placed(model, block)).float().to(x.device) for block in x.split(chunk)]
     model.train(training)
-    return logits
+    return torch.cat(logits)
