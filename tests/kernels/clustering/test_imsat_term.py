@@ -62,7 +62,7 @@ def test_kl_and_cross_entropy_differ_by_the_entropy_of_the_target_and_share_grad
     logits = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
     kl, ce = kl_divergence(target, logits), cross_entropy(target, logits)
     entropy = imsat.entropies(target)[1]
-    assert float(ce - kl) == pytest.approx(float(entropy), abs=1e-6)
+    assert (ce - kl).item() == pytest.approx(entropy.item(), abs=1e-6)
     (of_kl,) = torch.autograd.grad(kl, logits)
     (of_ce,) = torch.autograd.grad(ce, logits)
     torch.testing.assert_close(of_kl, of_ce)
