@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from goldcrest.cluster.artifact import Artifact, Output
-from goldcrest.cluster.errors import GoldcrestError, StepError
+from goldcrest.cluster.errors import GoldcrestError, StepError, StoreError
 from goldcrest.cluster.masking import mask_secrets
 from goldcrest.cluster.runtime import RayRuntime, limit_threads, seed_everything
 from goldcrest.cluster.source_hash import source_hash
@@ -88,8 +88,10 @@ def execute_step(step: Step, context: RunContext, *upstream: Outcome) -> Outcome
             if told is not None:
                 raise told from None
             raise
-        except GoldcrestError:
-            traceback.print_exc()
+        except GoldcrestError as error:
+            # Its sentence says all; a traceback would only bury it. What caused it is kept.
+            if error.__cause__ is not None:
+                traceback.print_exception(error.__cause__)
             raise
         except (Exception, SystemExit) as error:  # noqa: BLE001 - a task may raise anything
             traceback.print_exc()
@@ -109,8 +111,15 @@ def _find_or_make(step: Step, context: RunContext, teller: Teller) -> Outcome:
         if store.find(step.key) is not None:
             return outcome(state="cached", seconds=0.0)
         teller.tell("begin", place=place, pid=os.getpid())
-        seconds = _make(step, context, store, lease, teller)
-    store.drop_scratch(step.key)
+        try:
+            seconds = _make(step, context, store, lease, teller)
+        except StoreError:
+            # A damaged input that `find` trusted (its time stamps had not changed) must not be
+            # found again: hash every byte, so that the repeated command makes it anew.
+            for key in filter(None, step.input_keys.values()):
+                store.verify(key)
+            raise
+        store.drop_scratch(step.key)
     return outcome(state="ran", seconds=seconds)
 
 

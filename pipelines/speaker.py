@@ -9,11 +9,12 @@ on those labels. With `pretrain.labels` the corpus's own speakers are the labels
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from goldcrest.cluster import api
+from goldcrest.tasks.speaker.choose_clusters import ChooseClustersConfig, choose_clusters
 from goldcrest.tasks.speaker.cluster import ClusterConfig, cluster
 from goldcrest.tasks.speaker.embed import EmbedConfig, embed
 from goldcrest.tasks.speaker.evaluate import EvaluateConfig, evaluate
@@ -38,6 +39,9 @@ class Config(api.Config):
     corpus: PrepareConfig = Field(PrepareConfig(), description="which speech, how it is cut")
     features: FeatureConfig = Field(FeatureConfig(), description="MFCC, filterbanks, augmentation")
     ivector: IvectorConfig = Field(IvectorConfig(), description="i-vector extractor")
+    choice: ChooseClustersConfig = Field(
+        ChooseClustersConfig(), description="number of clusters, where it is auto"
+    )
     clustering: ClusterConfig = Field(ClusterConfig(), description="pseudo-labels")
     compare: tuple[ClusterConfig, ...] = Field(
         (), description="other clusterings of the same i-vectors, to compare with"
@@ -48,30 +52,36 @@ class Config(api.Config):
     quantize: QuantizeConfig = Field(QuantizeConfig(), description="INT8 weights and activations")
     evaluate: EvaluateConfig = Field(EvaluateConfig(), description="trials and measurements")
 
+    @model_validator(mode="after")
+    def _one_round_of_truth(self) -> Self:
+        if self.pretrain.labels and self.rounds > 1:
+            raise ValueError("pretrain.labels trains once on true labels: leave rounds at 1")
+        return self
+
 
 def build(cfg: Config) -> list[Any]:
     """Bind the chain; the last node is the evaluation, beside it the clusterings compared with."""
     corpus = prepare.bind(cfg.corpus, name="corpus", seed=cfg.seed)
     frames = features.bind(cfg.features, corpus, seed=cfg.seed)
     vectors = ivector.bind(cfg.ivector, frames, name="ivectors", seed=cfg.seed)
-    compared = [
-        cluster.bind(other, vectors, corpus, name=f"cluster-{other.method}", seed=cfg.seed)
-        for other in cfg.compare
-    ]
+    count = None
+    if any(each.clusters == "auto" for each in (cfg.clustering, *cfg.compare)):
+        count = choose_clusters.bind(cfg.choice, vectors, seed=cfg.seed)
+
+    def clustered(each: ClusterConfig, found: Any, name: str) -> Any:
+        return cluster.bind(each, found, count, corpus, name=name, seed=cfg.seed)
+
+    compared = [clustered(each, vectors, f"cluster-{each.method}") for each in cfg.compare]
     if cfg.pretrain.labels:
         labels = true_labels.bind(TrueLabelsConfig(), corpus, name="labels")
-        dense = pretrain.bind(cfg.pretrain, frames, labels, seed=cfg.seed)
     else:
-        labels = cluster.bind(cfg.clustering, vectors, corpus, seed=cfg.seed)
-        dense = pretrain.bind(cfg.pretrain, frames, labels, seed=cfg.seed)
-        for number in range(2, cfg.rounds + 1):
-            again = embed.bind(cfg.embed, dense, frames, name=f"embed-{number}")
-            labels = cluster.bind(
-                cfg.clustering, again, corpus, name=f"cluster-round-{number}", seed=cfg.seed
-            )
-            dense = pretrain.bind(
-                cfg.pretrain, frames, labels, name=f"pretrain-round-{number}", seed=cfg.seed
-            )
+        labels = clustered(cfg.clustering, vectors, "cluster")
+    dense = pretrain.bind(cfg.pretrain, frames, labels, seed=cfg.seed)
+    for number in range(2, cfg.rounds + 1):
+        again = embed.bind(cfg.embed, dense, frames, name=f"embed-{number}")
+        labels = clustered(cfg.clustering, again, f"cluster-round-{number}")
+        name = f"pretrain-round-{number}"
+        dense = pretrain.bind(cfg.pretrain, frames, labels, name=name, seed=cfg.seed)
     sparse = sparse_finetune.bind(cfg.sparse, dense, frames, labels, name="sparse", seed=cfg.seed)
     int8 = quantize.bind(cfg.quantize, sparse, frames, name="int8", seed=cfg.seed)
     result = evaluate.bind(

@@ -31,7 +31,7 @@ class ClusterConfig(Config):
     method: str = Field("cimc", description="a file of kernels/clustering")
     settings: dict[str, Any] = Field({}, description="the method's settings (see its file)")
     clusters: int | Literal["auto"] = Field(
-        "auto", description="number of clusters; auto: chosen without labels"
+        "auto", description="number of clusters; auto: chosen without labels by choose_clusters"
     )
     training: TrainingConfig = Field(
         TrainingConfig(
@@ -54,13 +54,22 @@ class ClusterConfig(Config):
 
 
 @task(cpus=0, timeout="24h")
-def cluster(cfg: ClusterConfig, vectors: Artifact, corpus: Artifact | None, out: Output) -> None:
-    """Cluster the training vectors; `corpus` adds metrics where it knows the speakers."""
+def cluster(
+    cfg: ClusterConfig,
+    vectors: Artifact,
+    count: Artifact | None,
+    corpus: Artifact | None,
+    out: Output,
+) -> None:
+    """Cluster the training vectors; `corpus` adds metrics where it knows the speakers.
+
+    `count` is the result of choose_clusters, needed where `cfg.clusters` is "auto".
+    """
     from goldcrest.kernels import clustering
 
     found = read_vectors(vectors, "train")
     x = _tensor(found.matrix)
-    clusters = _number_of_clusters(cfg, x, out)
+    clusters = _number_of_clusters(cfg, count)
     if clusters > len(found.ids):
         raise StepError(
             f"{len(found.ids)} training utterances cannot make {clusters} clusters",
@@ -90,14 +99,12 @@ def _tensor(array: np.ndarray) -> Any:
     return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
 
 
-def _number_of_clusters(cfg: ClusterConfig, x: Any, out: Output) -> int:
+def _number_of_clusters(cfg: ClusterConfig, count: Artifact | None) -> int:
     if cfg.clusters != "auto":
         return cfg.clusters
-    from goldcrest.kernels.clustering.selection import choose_clusters
-
-    chosen = choose_clusters(x, seed=out.seed)
-    out.json("selection", {"clusters": chosen.clusters, "criterion": chosen.curve})
-    return chosen.clusters
+    if count is None:
+        raise StepError("the number of clusters is 'auto', but nothing has chosen it")
+    return int(count.json("clusters")["clusters"])
 
 
 def _fitting(training: TrainingConfig, examples: int) -> TrainingConfig:

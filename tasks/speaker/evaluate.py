@@ -1,9 +1,10 @@
 """Evaluate: verification on speakers that no step trained on, and size and speed of each bundle.
 
 Systems: `meanstd` (plain vector), `ivector` (no network), the bundles `dense`, `sparse`, `int8`,
-and `fusion` (mean of the z-normalised scores of i-vector and dense). EERs are percent, by linear
-interpolation, with bootstrap intervals over speakers. Trials among the training speakers ("seen")
-are reported apart, under `verification_seen`.
+and `fusion` (mean of the z-normalised scores of i-vector and dense). The networks' scores are
+AS-normed against a cohort of training utterances where the config gives one (`eer_cosine` is then
+the plain cosine's). EERs are percent, by linear interpolation, with bootstrap intervals over
+speakers. Trials among the training speakers ("seen") are apart, under `verification_seen`.
 
 Artifact: scores (one row per trial), calibration (thresholds), figures det and scores.
 """
@@ -53,6 +54,10 @@ class EvaluateConfig(Config):
     fusion_weight: float = Field(
         0.5, ge=0, le=1, description="weight of the dense network beside the i-vector"
     )
+    cohort: int = Field(
+        0, ge=0, description="training utterances that AS-norm compares with; 0: plain cosine"
+    )
+    cohort_top: int = Field(200, ge=2, description="nearest of them that AS-norm looks at")
     timed_utterances: int = Field(40, ge=1, description="utterances that latency is measured on")
     shard_utterances: Annotated[int, DoesNotChangeResult] = Field(
         500, ge=1, description="utterances per piece of work"
@@ -92,8 +97,8 @@ def evaluate(
             out.metrics(**{section: {}})
             continue
         out.progress(None, f"{len(trials.target)} {split} trials")
-        scores = _score(cfg, trials, features, ivectors, present, out)
-        _report(cfg, section, trials, scores, corpus, out)
+        scores, plain = _score(cfg, trials, features, ivectors, present, out)
+        _report(cfg, section, trials, scores, plain, corpus, out)
     _measure_bundles(cfg, corpus, present, out)
 
 
@@ -155,32 +160,62 @@ def _score(
     ivectors: Artifact,
     bundles: Mapping[str, Artifact],
     out: Output,
-) -> dict[str, np.ndarray]:
-    """Scores (K,) of every system, higher for the same speaker."""
-    from goldcrest.kernels.speaker import scoring
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Scores (K,) of every system, higher for the same speaker, and the AS-normed ones' cosines."""
+    from goldcrest.kernels.speaker import asnorm, scoring
 
     def cosine(matrix: np.ndarray) -> np.ndarray:
         return scoring.cosine_scores(matrix, trials.first, trials.second)
 
-    used = np.unique(np.concatenate([trials.first, trials.second]))
     scores = {
-        "meanstd": cosine(_standardised(_lookup(ivectors, "baseline", "meanstd", trials.ids))),
+        "meanstd": cosine(_lookup(ivectors, "baseline", "meanstd", trials.ids)),
         "ivector": cosine(_lookup(ivectors, "vectors", "vector", trials.ids)),
     }
+    plain: dict[str, np.ndarray] = {}
     reader = FrameReader(features.file("fbank.arrow"))
     rows = reader.rows()
+    used = np.unique(np.concatenate([trials.first, trials.second]))
+    wanted = np.array([rows[trials.ids[int(place)]] for place in used])
+    cohort = _cohort(features, reader, cfg.cohort, out.seed)
     for name, artifact in bundles.items():
-        wanted = np.array([rows[trials.ids[int(place)]] for place in used])
-        size = cfg.shard_utterances
-        ranges = [wanted[start : start + size] for start in range(0, len(wanted), size)]
-        work = functools.partial(embed_rows, folder=artifact.path, reader=reader)
-        vectors = np.concatenate(list(out.runtime.map(work, ranges, note=f"embed {name}")))
+        vectors = _embed(cfg, artifact, reader, np.concatenate([wanted, cohort]), name, out)
         full = np.zeros((len(trials.ids), vectors.shape[1]), np.float32)
-        full[used] = vectors
+        full[used] = vectors[: len(used)]
         scores[name] = cosine(full)
+        if len(cohort) > 1:
+            plain[name] = scores[name]
+            scores[name] = asnorm.asnorm_scores(
+                full,
+                vectors[len(used) :],
+                trials.first,
+                trials.second,
+                asnorm.Settings(top=cfg.cohort_top),
+            )
     weights = [1.0 - cfg.fusion_weight, cfg.fusion_weight]
     scores["fusion"] = scoring.fuse([scores["ivector"], scores["dense"]], weights)
-    return scores
+    return scores, plain
+
+
+def _cohort(features: Artifact, reader: FrameReader, count: int, seed: int) -> np.ndarray:
+    """Rows of a seeded sample of clean training utterances."""
+    splits = np.array(features.table("index", ["split"])["split"].to_pylist())
+    train = np.flatnonzero((splits == "train") & (reader.copies == 0))
+    return np.random.default_rng([seed, 9]).permutation(train)[:count]
+
+
+def _embed(
+    cfg: EvaluateConfig,
+    bundle: Artifact,
+    reader: FrameReader,
+    rows: np.ndarray,
+    name: str,
+    out: Output,
+) -> np.ndarray:
+    """(len(rows), E) embeddings by a bundle, shards of rows in parallel."""
+    size = cfg.shard_utterances
+    ranges = [rows[start : start + size] for start in range(0, len(rows), size)]
+    work = functools.partial(embed_rows, folder=bundle.path, reader=reader)
+    return np.concatenate(list(out.runtime.map(work, ranges, note=f"embed {name}")))
 
 
 def _lookup(artifact: Artifact, table: str, column: str, ids: list[str]) -> np.ndarray:
@@ -200,16 +235,12 @@ def _lookup(artifact: Artifact, table: str, column: str, ids: list[str]) -> np.n
     return found
 
 
-def _standardised(matrix: np.ndarray) -> np.ndarray:
-    """Columns to mean 0 and deviation 1: raw means and deviations have unlike scales."""
-    return (matrix - matrix.mean(0)) / np.maximum(matrix.std(0), 1e-6)
-
-
 def _report(
     cfg: EvaluateConfig,
     section: str,
     trials: TrialSet,
     scores: Mapping[str, np.ndarray],
+    plain: Mapping[str, np.ndarray],
     corpus: Artifact,
     out: Output,
 ) -> None:
@@ -240,6 +271,10 @@ def _report(
                 if len(np.unique(trials.target[trials.corpus == name])) == 2
             },
         }
+        if system in plain:
+            found[system]["eer_cosine"] = 100.0 * metrics.equal_error_rate(
+                plain[system], trials.target
+            )
         calibration[system] = thresholds(values, trials.target)
     out.metrics(**{section: found})
     out.json(f"calibration_{section}", calibration)

@@ -6,7 +6,7 @@ those of the clean copy, as in Kaldi's recipes.
 
 Artifact:
     mfcc.arrow    speech frames of MFCC with deltas, float32 (see tasks/data/frames.py)
-    fbank.arrow   all frames of the log-mel filterbank, mean-subtracted, float16
+    fbank.arrow   all frames of the log-mel filterbank, normalised, float16
     index         id, copy, split
 """
 

@@ -30,6 +30,13 @@ class FrontEndConfig(Config):
     normalisation: Normalisation = Field(
         "sliding", description="mean subtraction of the MFCC: none, whole utterance, sliding window"
     )
+    mean_share: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="share of that mean which is subtracted from the MFCC; below 1 keeps some of "
+        "the voice's own average, which short utterances lose with the channel's",
+    )
     window: int = Field(300, ge=1, description="frames of the sliding window")
     vad: Annotated[dict[str, Any], SettingsOf(f"{_FRONTEND}.vad", "VadSettings")] = Field(
         {}, description="which frames are speech; only those enter the i-vectors"
@@ -37,6 +44,13 @@ class FrontEndConfig(Config):
     fbank: Annotated[dict[str, Any], SettingsOf(f"{_FRONTEND}.log_mel", "LogMelSettings")] = Field(
         {"mel_bins": 40, "window": "hamming"}, description="log-mel filterbank of the network"
     )
+    fbank_mean_share: float = Field(
+        1.0, ge=0, le=1, description="share of the utterance's mean subtracted from the filterbank"
+    )
+    fbank_offset: float = Field(
+        0.0, description="constant subtracted from log-mel energies (natural log, 16-bit scale)"
+    )
+    fbank_scale: float = Field(1.0, gt=0, description="divisor of log-mel energies after that")
 
     @property
     def mfcc_dimensions(self) -> int:
@@ -78,9 +92,9 @@ class FrontEnd:
         if self._cfg.deltas:
             frames = add_deltas(frames, order=self._cfg.deltas, window=self._cfg.delta_window)
         if self._cfg.normalisation == "sliding":
-            frames = cmvn.sliding_cmn(frames, self._cfg.window)
+            frames = cmvn.sliding_cmn(frames, self._cfg.window, strength=self._cfg.mean_share)
         elif self._cfg.normalisation == "utterance":
-            frames = cmvn.global_cmvn(frames)
+            frames = cmvn.global_cmvn(frames, strength=self._cfg.mean_share)
         # A copy at another speed has other frames than the clean one that `speech` comes from.
         kept = np.interp(
             np.linspace(0.0, 1.0, len(frames)), np.linspace(0.0, 1.0, len(speech)), speech
@@ -89,11 +103,12 @@ class FrontEnd:
         return frames.numpy()[chosen] if chosen.sum() >= MIN_SPEECH_FRAMES else frames.numpy()
 
     def fbank(self, samples: np.ndarray) -> np.ndarray:
-        """(T, F) float32: log-mel filterbank with the utterance's mean subtracted."""
+        """(T, F) float32: log-mel filterbank, shifted, scaled, (partly) mean-subtracted."""
         import torch
 
         from goldcrest.kernels.frontend.cmvn import global_cmvn
         from goldcrest.kernels.frontend.log_mel import log_mel
 
         frames = log_mel(torch.from_numpy(samples)[None], None, self._fbank)[0]
-        return global_cmvn(frames).numpy()
+        frames = (frames - self._cfg.fbank_offset) / self._cfg.fbank_scale
+        return global_cmvn(frames, strength=self._cfg.fbank_mean_share).numpy()

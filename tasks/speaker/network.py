@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from goldcrest.cluster.api import Config
 from goldcrest.tasks.methods import SettingsOf, complete_method, settings_of
@@ -19,7 +19,12 @@ class LossConfig(Config):
 
     margin: str = Field("aam", description="classification loss, a file of kernels/margin")
     margin_settings: dict[str, Any] = Field({}, description="scale and margin (see its file)")
-    crop_frames: int = Field(200, ge=10, description="frames of a training crop (10 ms each)")
+    margin_warmup: int = Field(
+        0, ge=0, description="epochs over which the margin grows from 0 to its value"
+    )
+    crop_frames: tuple[int, int] = Field(
+        (200, 200), description="range of a batch's crop length in frames (10 ms each)"
+    )
     specaugment: Annotated[dict[str, Any], SettingsOf(_SPECAUGMENT, "SpecAugmentSettings")] = Field(
         {}, description="time and frequency masks on training crops"
     )
@@ -27,6 +32,13 @@ class LossConfig(Config):
     balance: float = Field(
         0.0, ge=0, le=1, description="0: examples as they come; 1: every class equally often"
     )
+
+    @field_validator("crop_frames")
+    @classmethod
+    def _a_range(cls, crop: tuple[int, int]) -> tuple[int, int]:
+        if not 5 <= crop[0] <= crop[1]:
+            raise ValueError(f"crop_frames must be [least, most] with 5 <= least, not {crop}")
+        return crop
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -41,6 +53,7 @@ class LossConfig(Config):
             "margin_settings": settings_of(
                 f"{MARGINS}.{self.margin}", "Settings", self.margin_settings
             ),
+            "margin_warmup": self.margin_warmup,
             "crop_frames": self.crop_frames,
             "augment": settings_of(_SPECAUGMENT, "SpecAugmentSettings", self.specaugment),
             "weight_decay_head": self.weight_decay_head,

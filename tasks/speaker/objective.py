@@ -6,6 +6,7 @@ goes on with masks held, optionally distilling a dense teacher.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -65,15 +66,19 @@ class SpeakerObjective:
         network: Any,
         margin: str,
         margin_settings: Any,
-        crop_frames: int,
+        margin_warmup: int,
+        crop_frames: tuple[int, int],
         augment: Any,
         weight_decay_head: float,
         balance: float,
     ) -> None:
-        """`network` EcapaSettings; `margin` a file of kernels/margin; `augment` SpecAugment's
-        settings or None; `balance` in [0, 1] draws classes between as they come (0) and evenly."""
+        """`network` EcapaSettings; `margin` a file of kernels/margin, whose margin grows over
+        `margin_warmup` epochs; `crop_frames` the range of a batch's crop length; `augment`
+        SpecAugment's settings; `balance` in [0, 1] draws classes between as they come and evenly.
+        """
         self.examples, self.network, self.margin = examples, network, margin
         self.margin_settings, self.crop_frames, self.augment = margin_settings, crop_frames, augment
+        self.margin_warmup = margin_warmup
         self.weight_decay_head, self.balance = weight_decay_head, balance
         counts = np.bincount(examples.labels).astype(np.float64)
         share = (counts[examples.labels]) ** -balance
@@ -103,10 +108,11 @@ class SpeakerObjective:
         if self.balance > 0:
             indices = rng.choice(len(self), size=len(indices), p=self._share)
         reader, rows = self.examples.reader, self.examples.rows
+        length = int(rng.integers(self.crop_frames[0], self.crop_frames[1] + 1))
         crops = []
         for index in indices:
             row = rows[index, int(rng.integers(rows.shape[1]))]
-            crops.append(random_crop(torch.from_numpy(reader[int(row)]), self.crop_frames, rng))
+            crops.append(random_crop(torch.from_numpy(reader[int(row)]), length, rng))
         frames = torch.stack(crops)
         if self.augment is not None:
             frames = spec_augment(frames, None, self.augment, rng)
@@ -119,7 +125,15 @@ class SpeakerObjective:
     ) -> dict[str, Tensor]:
         """The margin loss."""
         assert isinstance(model, SpeakerClassifier)
+        self._grow_margin(model.head, epoch)
         return {"margin": model.head(model.network(batch["features"]), batch["labels"])}
+
+    def _grow_margin(self, head: Any, epoch: int) -> None:
+        """A margin from the first step on stalls a network whose classes still overlap."""
+        if self.margin_warmup and hasattr(self.margin_settings, "margin"):
+            share = min(1.0, epoch / self.margin_warmup)
+            margin = share * self.margin_settings.margin
+            head.settings = dataclasses.replace(self.margin_settings, margin=margin)
 
     def after_step(self, model: nn.Module) -> None:
         """Nothing follows a step."""
@@ -189,6 +203,7 @@ class SparseObjective(SpeakerObjective):
         from goldcrest.kernels.distillation import feature_mse, logit_kd, squarehead
 
         assert isinstance(model, SpeakerClassifier)
+        self._grow_margin(model.head, epoch)
         embeddings, blocks = model.network.blocks(batch["features"])
         found = {"margin": model.head(embeddings, batch["labels"])}
         if self.distillation == "none":

@@ -140,7 +140,7 @@ def calibration_batches(examples: Any, cfg: SparseConfig, seed: int) -> list[tor
     chosen = rng.permutation(len(examples.labels))[: cfg.calibration]
     crops = [
         random_crop(
-            torch.from_numpy(examples.reader[int(examples.rows[index, 0])]), cfg.crop_frames, rng
+            torch.from_numpy(examples.reader[int(examples.rows[index, 0])]), cfg.crop_frames[1], rng
         ).mT
         for index in chosen
     ]

@@ -20,6 +20,7 @@ from goldcrest.tasks.speaker.bundle import (
     load_state,
     read_description,
 )
+from goldcrest.tasks.speaker.choose_clusters import ChooseClustersConfig, choose_clusters
 from goldcrest.tasks.speaker.cluster import ClusterConfig, cluster, compact
 from goldcrest.tasks.speaker.embed import EmbedConfig, embed
 from goldcrest.tasks.speaker.evaluate import EvaluateConfig, evaluate
@@ -90,25 +91,23 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
         done["corpus"],
     )
     run("ivectors", ivector, IVECTOR, done["features"])
-    run(
-        "kmeans",
-        cluster,
-        ClusterConfig(method="kmeans", clusters=4),
-        done["ivectors"],
-        done["corpus"],
-    )
+    run("choice", choose_clusters, ChooseClustersConfig(), done["ivectors"])
+    kmeans = ClusterConfig(method="kmeans", clusters=4)
+    run("kmeans", cluster, kmeans, done["ivectors"], None, done["corpus"])
     run("truth", true_labels, TrueLabelsConfig(), done["corpus"])
     run(
         "dense",
         pretrain,
-        PretrainConfig(network=NETWORK, crop_frames=60, training=training(3)),
+        PretrainConfig(
+            network=NETWORK, crop_frames=(40, 60), training=training(3), margin_warmup=2
+        ),
         done["features"],
         done["truth"],
     )
     run(
         "sparse",
         sparse_finetune,
-        SparseConfig(sparsity=0.7, crop_frames=60, calibration=8, training=training(2)),
+        SparseConfig(sparsity=0.7, crop_frames=(40, 60), calibration=8, training=training(2)),
         done["dense"],
         done["features"],
         done["truth"],
@@ -118,7 +117,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     run(
         "evaluate",
         evaluate,
-        EvaluateConfig(bootstrap=20, timed_utterances=3),
+        EvaluateConfig(bootstrap=20, timed_utterances=3, cohort=9),
         *(done[n] for n in ("corpus", "features", "ivectors", "dense", "sparse", "int8")),
     )
     return done
@@ -193,7 +192,7 @@ def test_the_extractor_never_sees_evaluation_speakers(chain: dict[str, Artifact]
 
 def test_clustering_metrics_do_not_steer_the_labels(chain: dict[str, Artifact], run_task) -> None:
     cfg = ClusterConfig(method="kmeans", clusters=4)
-    blind = run_task(cluster, cfg, chain["ivectors"], None)
+    blind = run_task(cluster, cfg, chain["ivectors"], None, None)
     assert blind.table("labels").equals(chain["kmeans"].table("labels"))
     assert "nmi" not in blind.metrics["clustering"]["kmeans"]
     assert 0 <= chain["kmeans"].metrics["clustering"]["kmeans"]["nmi"] <= 1
@@ -201,7 +200,17 @@ def test_clustering_metrics_do_not_steer_the_labels(chain: dict[str, Artifact], 
 
 def test_more_clusters_than_utterances_is_a_sentence(chain: dict[str, Artifact], run_task) -> None:
     with pytest.raises(StepError, match="cannot make 500 clusters"):
-        run_task(cluster, ClusterConfig(method="kmeans", clusters=500), chain["ivectors"], None)
+        many = ClusterConfig(method="kmeans", clusters=500)
+        run_task(cluster, many, chain["ivectors"], None, None)
+
+
+def test_the_number_of_clusters_can_be_chosen(chain: dict[str, Artifact], run_task) -> None:
+    cfg = ClusterConfig(method="ahc")
+    made = run_task(cluster, cfg, chain["ivectors"], chain["choice"], None)
+    chosen = chain["choice"].json("clusters")["clusters"]
+    assert made.metrics["clustering"]["ahc"]["clusters"] == chosen
+    with pytest.raises(StepError, match="nothing has chosen"):
+        run_task(cluster, cfg, chain["ivectors"], None, None)
 
 
 def test_compact_labels_have_no_gaps() -> None:
@@ -270,6 +279,7 @@ def test_evaluation_reports_every_system(chain: dict[str, Artifact]) -> None:
     systems = {"meanstd", "ivector", "dense", "sparse", "int8", "fusion"}
     for section in ("verification", "verification_seen"):
         assert set(metrics[section]) == systems
+        assert "eer_cosine" in metrics[section]["dense"]
         for found in metrics[section].values():
             assert 0 <= found["eer"] <= 100
             assert found["eer_ci"][0] <= found["eer_ci"][1]
@@ -344,7 +354,7 @@ def test_the_baselines_of_sparse_finetuning(
         method=method,
         distillation=distillation,
         sparsity=0.5,
-        crop_frames=60,
+        crop_frames=(40, 60),
         calibration=4,
         training=training(1),
     )
