@@ -261,7 +261,10 @@ class Output:
     def figure(self, name: str, figure: Figure) -> None:
         """Write a matplotlib figure as `figures/name.png` and close it; reports show it."""
         figure.savefig(
-            self.file(f"figures/{name}.png"), dpi=110, bbox_inches="tight", metadata={"Software": None}
+            self.file(f"figures/{name}.png"),
+            dpi=110,
+            bbox_inches="tight",
+            metadata={"Software": None},
         )
         figure.clear()
 
