@@ -36,7 +36,7 @@ test-all: check ## everything, long forms too
 	$(BIN)/python -m pytest
 
 bench: $(STAMP) ## measure speed and memory against named peers
-	$(BIN)/python -m pytest tests/bench -m "slow or not slow" --benchmark
+	$(BIN)/python -m pytest tests/bench -s
 
 clean: ## remove build products (not the environment)
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

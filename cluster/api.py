@@ -253,7 +253,7 @@ class Objective(Protocol):
     def losses(
         self, model: torch.nn.Module, batch: dict[str, torch.Tensor], *, epoch: int
     ) -> dict[str, torch.Tensor]:
-        """Named scalar losses; the engine minimises their sum. Called inside the engine's forward."""
+        """Named scalar losses; the engine minimises their sum, inside its forward pass."""
         ...
 
     def after_step(self, model: torch.nn.Module) -> None:
@@ -261,7 +261,7 @@ class Objective(Protocol):
         ...
 
     def evaluate(self, model: torch.nn.Module, *, epoch: int) -> dict[str, float]:
-        """Metrics at the end of an epoch, `{}` for none; the model is in eval mode, no gradients."""
+        """Metrics after an epoch, `{}` for none; the model is in eval mode, without gradients."""
         ...
 
     def state_dict(self) -> dict[str, torch.Tensor]:

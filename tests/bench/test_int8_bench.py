@@ -25,6 +25,8 @@ from goldcrest.kernels.sparsity import masks, packing, sparsegpt
 from goldcrest.kernels.sparsity.model import prunable, prune_model
 from goldcrest.kernels.speaker.ecapa_tdnn import EcapaSettings, EcapaTdnn
 
+pytestmark = pytest.mark.slow
+
 
 def tensor_bytes(tensors: dict[str, Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
