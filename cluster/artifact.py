@@ -8,6 +8,7 @@ from run to run (seconds, throughput) goes to `Output.measure`, which only the m
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -222,6 +223,12 @@ class Output:
         self._on_progress = on_progress
         self._on_log = on_log
         self._log: list[dict[str, float]] = []
+
+    def part(self, name: str, seed: int) -> Output:
+        """This output for a part of the step that trains on its own: own scratch, own seed."""
+        part = copy.copy(self)
+        part.scratch, part.seed = self.scratch / safe_member(name), seed
+        return part
 
     def file(self, name: str) -> Path:
         """A path to write a free-form member file to; parent folders are made."""

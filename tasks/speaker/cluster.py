@@ -12,7 +12,7 @@ Artifact:
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +21,9 @@ from pydantic import Field, model_validator
 from goldcrest.cluster.api import Artifact, Config, Output, StepError, TrainingConfig, task
 from goldcrest.tasks.methods import complete_method, settings_of
 from goldcrest.tasks.speaker.vectors import Vectors, facts_by_id, read_vectors
+
+if TYPE_CHECKING:
+    from goldcrest.kernels.clustering.result import Clustering
 
 FAMILY = "goldcrest.kernels.clustering"
 
@@ -33,6 +36,12 @@ class ClusterConfig(Config):
     clusters: int | Literal["auto"] = Field(
         "auto", description="number of clusters; auto: chosen without labels by choose_clusters"
     )
+    candidates: tuple[dict[str, Any], ...] = Field(
+        (),
+        description="changes of the settings to try (such as {mu: 1.5}); the labels that agree "
+        "best with one another and with AHC's are taken, by AMI, without any truth",
+    )
+    candidate_seeds: int = Field(1, ge=1, description="runs per candidate, each with its own seed")
     training: TrainingConfig = Field(
         TrainingConfig(
             epochs=150,
@@ -48,6 +57,8 @@ class ClusterConfig(Config):
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
+        for change in self.candidates:
+            complete_method(FAMILY, self.method, {**self.settings, **change})
         completed = complete_method(FAMILY, self.method, self.settings)
         object.__setattr__(self, "settings", completed)  # the model is frozen, this is its birth
         return self
@@ -65,8 +76,6 @@ def cluster(
 
     `count` is the result of choose_clusters, needed where `cfg.clusters` is "auto".
     """
-    from goldcrest.kernels import clustering
-
     found = read_vectors(vectors, "train")
     x = _tensor(found.matrix)
     clusters = _number_of_clusters(cfg, count)
@@ -75,15 +84,7 @@ def cluster(
             f"{len(found.ids)} training utterances cannot make {clusters} clusters",
             hint="lower clustering.clusters, or give more speech",
         )
-    training = _fitting(cfg.training, len(found.ids))
-    result = clustering.load(cfg.method).fit(
-        x,
-        clusters,
-        settings_of(f"{FAMILY}.{cfg.method}", "Settings", cfg.settings),
-        seed=out.seed,
-        train=lambda objective: out.runtime.train(objective, training, out),
-        augmented=_tensor(found.augmented) if len(found.augmented) else None,
-    )
+    result = _fit_best(cfg, x, clusters, found, out)
     labels = compact(result.labels)
     out.table("labels", {"id": found.ids, "label": pa.array(labels, pa.int32())})
     out.tensors("model", dict(result.model))
@@ -91,6 +92,75 @@ def cluster(
     _measure(cfg.method, found, labels, clusters, corpus, out)
     if len(result.history) > 1:
         out.figure("history", history_figure(result.history))
+
+
+def _fit_best(cfg: ClusterConfig, x: Any, clusters: int, found: Vectors, out: Output) -> Clustering:
+    """The method's result, of several candidates the one that the others agree with most."""
+    changes = cfg.candidates or ({},)
+    results = {
+        (number, seed): _fit(
+            {**cfg.settings, **change},
+            cfg,
+            x,
+            clusters,
+            found,
+            out.part(f"candidate-{number}-{seed}", out.seed + seed),
+        )
+        for number, change in enumerate(changes)
+        for seed in range(cfg.candidate_seeds)
+    }
+    if len(results) == 1:
+        return next(iter(results.values()))
+    from goldcrest.kernels.clustering import ahc
+    from goldcrest.kernels.clustering.selection import by_agreement
+    from goldcrest.kernels.metrics.clustering import adjusted_mutual_information
+
+    reference = ahc.fit(x, clusters, ahc.Settings(), seed=out.seed).labels
+    seeds = range(cfg.candidate_seeds)
+    chosen, scores = by_agreement(
+        {n: [results[n, seed].labels for seed in seeds] for n in range(len(changes))}, reference
+    )
+    agreement = {
+        seed: adjusted_mutual_information(results[chosen, seed].labels, reference) for seed in seeds
+    }
+    best = max(seeds, key=lambda seed: agreement[seed])
+    out.json(
+        "selection",
+        [
+            {"change": change, "agreement": scores[number], "chosen": number == chosen}
+            for number, change in enumerate(changes)
+        ],
+    )
+    out.metrics(
+        choice={
+            "candidate": chosen,
+            "agreement": scores[chosen],
+            **{name: value for name, value in changes[chosen].items() if name == "mu"},
+        }
+    )
+    return results[chosen, best]
+
+
+def _fit(
+    settings: dict[str, Any],
+    cfg: ClusterConfig,
+    x: Any,
+    clusters: int,
+    found: Vectors,
+    out: Output,
+) -> Clustering:
+    from goldcrest.kernels import clustering
+
+    training = _fitting(cfg.training, len(found.ids))
+    fitted: Clustering = clustering.load(cfg.method).fit(
+        x,
+        clusters,
+        settings_of(f"{FAMILY}.{cfg.method}", "Settings", settings),
+        seed=out.seed,
+        train=lambda objective: out.runtime.train(objective, training, out),
+        augmented=_tensor(found.augmented) if len(found.augmented) else None,
+    )
+    return fitted
 
 
 def _tensor(array: np.ndarray) -> Any:

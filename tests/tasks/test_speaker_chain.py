@@ -213,6 +213,23 @@ def test_the_number_of_clusters_can_be_chosen(chain: dict[str, Artifact], run_ta
         run_task(cluster, cfg, chain["ivectors"], None, None)
 
 
+def test_candidates_are_chosen_without_labels(chain: dict[str, Artifact], run_task) -> None:
+    cfg = ClusterConfig(
+        clusters=4,
+        settings={"hidden": [16], "terms": {"imsat": 1.0}},
+        candidates=({"mu": 1.0}, {"mu": 4.0}),
+        candidate_seeds=2,
+        training={"epochs": 3, "batch_size": 12, "optimizer": "adam", "learning_rate": 0.01},
+    )
+    made = run_task(cluster, cfg, chain["ivectors"], None, None)
+    tried = made.json("selection")
+    assert [row["change"] for row in tried] == [{"mu": 1.0}, {"mu": 4.0}]
+    (chosen,) = (row for row in tried if row["chosen"])
+    assert chosen["agreement"] == max(row["agreement"] for row in tried)
+    with pytest.raises(ValueError, match="nu"):
+        ClusterConfig(settings={"hidden": [16]}, candidates=({"nu": 1.0},))
+
+
 def test_compact_labels_have_no_gaps() -> None:
     assert compact(np.array([7, 3, 7, 9])).tolist() == [1, 0, 1, 2]
 
