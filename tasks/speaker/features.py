@@ -106,7 +106,7 @@ def features(cfg: FeatureConfig, corpus: Artifact, out: Output) -> None:
     rows = 0
     with (
         FrameWriter(out.file("mfcc.arrow"), cfg.mfcc_dimensions, "float32") as mfcc,
-        FrameWriter(out.file("fbank.arrow"), cfg.fbank["mel_bins"], "float16") as fbank,
+        FrameWriter(out.file("fbank.arrow"), cfg.network_dimensions, "float16") as fbank,
     ):
         for batch in out.runtime.stream(
             corpus.shards("utterances"),

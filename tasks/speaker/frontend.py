@@ -44,18 +44,34 @@ class FrontEndConfig(Config):
     fbank: Annotated[dict[str, Any], SettingsOf(f"{_FRONTEND}.log_mel", "LogMelSettings")] = Field(
         {"mel_bins": 40, "window": "hamming"}, description="log-mel filterbank of the network"
     )
+    network_input: Literal["fbank", "mfcc"] = Field(
+        "fbank", description="what the network sees: log-mel filterbank, or MFCC (chapter 10)"
+    )
+    network_mfcc: Annotated[dict[str, Any], SettingsOf(f"{_FRONTEND}.mfcc", "MfccSettings")] = (
+        Field(
+            {"coefficients": 40, "mel_bins": 40, "window": "hamming", "use_energy": False},
+            description="MFCC of the network, where that is its input",
+        )
+    )
     fbank_mean_share: float = Field(
-        1.0, ge=0, le=1, description="share of the utterance's mean subtracted from the filterbank"
+        1.0, ge=0, le=1, description="share of the utterance's mean subtracted from that input"
     )
     fbank_offset: float = Field(
-        0.0, description="constant subtracted from log-mel energies (natural log, 16-bit scale)"
+        0.0, description="constant subtracted from that input (log-mel: natural log, 16-bit scale)"
     )
-    fbank_scale: float = Field(1.0, gt=0, description="divisor of log-mel energies after that")
+    fbank_scale: float = Field(1.0, gt=0, description="divisor of that input after the offset")
 
     @property
     def mfcc_dimensions(self) -> int:
         """Features per MFCC frame, deltas included."""
         return int(self.mfcc["coefficients"]) * (self.deltas + 1)
+
+    @property
+    def network_dimensions(self) -> int:
+        """Features per frame of the network's input."""
+        if self.network_input == "mfcc":
+            return int(self.network_mfcc["coefficients"])
+        return int(self.fbank["mel_bins"])
 
 
 class FrontEnd:
@@ -65,6 +81,7 @@ class FrontEnd:
         self._cfg = cfg
         self._mfcc = settings_of(f"{_FRONTEND}.mfcc", "MfccSettings", cfg.mfcc)
         self._fbank = settings_of(f"{_FRONTEND}.log_mel", "LogMelSettings", cfg.fbank)
+        self._network_mfcc = settings_of(f"{_FRONTEND}.mfcc", "MfccSettings", cfg.network_mfcc)
         self._vad = settings_of(f"{_FRONTEND}.vad", "VadSettings", cfg.vad)
         energy = {**cfg.mfcc, "use_energy": True}
         self._energy = settings_of(f"{_FRONTEND}.mfcc", "MfccSettings", energy)
@@ -103,12 +120,17 @@ class FrontEnd:
         return frames.numpy()[chosen] if chosen.sum() >= MIN_SPEECH_FRAMES else frames.numpy()
 
     def fbank(self, samples: np.ndarray) -> np.ndarray:
-        """(T, F) float32: log-mel filterbank, shifted, scaled, (partly) mean-subtracted."""
+        """(T, F) float32, the network's input: shifted, scaled, (partly) mean-subtracted."""
         import torch
 
         from goldcrest.kernels.frontend.cmvn import global_cmvn
         from goldcrest.kernels.frontend.log_mel import log_mel
+        from goldcrest.kernels.frontend.mfcc import mfcc
 
-        frames = log_mel(torch.from_numpy(samples)[None], None, self._fbank)[0]
+        waveform = torch.from_numpy(samples)[None]
+        if self._cfg.network_input == "mfcc":
+            frames = mfcc(waveform, None, self._network_mfcc)[0]
+        else:
+            frames = log_mel(waveform, None, self._fbank)[0]
         frames = (frames - self._cfg.fbank_offset) / self._cfg.fbank_scale
         return global_cmvn(frames, strength=self._cfg.fbank_mean_share).numpy()

@@ -14,7 +14,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "speaker").glob("*.yaml")), ids=lambda p: p.stem)
 def test_speaker_configs_load_and_build(path: Path) -> None:
-    cfg = load_config(speaker.Config, path)
+    cfg = load_config(speaker.Config, file=path)
     nodes = speaker.build(cfg)
     assert len(nodes) == len(cfg.compare) + 1
 

@@ -136,6 +136,18 @@ def test_features_are_those_of_one_waveform_alone(chain: dict[str, Artifact]) ->
         assert np.allclose(fbank[fbank.rows()[name]], front_end.fbank(samples), atol=2e-2)
 
 
+def test_the_network_may_see_mfcc() -> None:
+    """Chapter 10 trains on 40 MFCC; the mean of every coefficient is then zero."""
+    front_end = FrontEnd(FrontEndConfig(network_input="mfcc"))
+    samples = 0.1 * np.random.default_rng(0).standard_normal(8000).astype(np.float32)
+    frames = front_end.fbank(samples)
+    assert frames.shape == (50, 40)
+    assert np.abs(frames.mean(0)).max() < 1e-3
+    shifted = FrontEnd(FrontEndConfig(fbank_mean_share=0.0, fbank_offset=2.0, fbank_scale=4.0))
+    plain = FrontEnd(FrontEndConfig(fbank_mean_share=0.0))
+    assert shifted.fbank(samples) == pytest.approx((plain.fbank(samples) - 2) / 4, abs=1e-4)
+
+
 def test_only_training_utterances_are_augmented(chain: dict[str, Artifact]) -> None:
     index = chain["features"].table("index").to_pylist()
     assert {row["split"] for row in index if row["copy"] == 1} == {"train"}
