@@ -163,7 +163,7 @@ person spoke.
 |---|---|
 | form | {facts["name"]} |
 | channels | {facts["network"]["channels"]} |
-| input | {facts["network"]["input_dim"]} features per frame of {facts["front_end"]["network_input"]} |
+| input | {facts["network"]["input_dim"]} x {facts["front_end"]["network_input"]} per 10 ms |
 {rows}
 
 Load it with `goldcrest.tasks.speaker.bundle.load_bundle(folder)`; its method
