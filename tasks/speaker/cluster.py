@@ -20,6 +20,7 @@ from pydantic import Field, model_validator
 
 from goldcrest.cluster.api import Artifact, Config, Output, StepError, TrainingConfig, task
 from goldcrest.tasks.methods import complete_method, settings_of
+from goldcrest.tasks.speaker.training import fitting, history_figure
 from goldcrest.tasks.speaker.vectors import Vectors, facts_by_id, read_vectors
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ def _fit(
 ) -> Clustering:
     from goldcrest.kernels import clustering
 
-    training = _fitting(cfg.training, len(found.ids))
+    training = fitting(cfg.training, len(found.ids))
     fitted: Clustering = clustering.load(cfg.method).fit(
         x,
         clusters,
@@ -175,13 +176,6 @@ def _number_of_clusters(cfg: ClusterConfig, count: Artifact | None) -> int:
     if count is None:
         raise StepError("the number of clusters is 'auto', but nothing has chosen it")
     return int(count.json("clusters")["clusters"])
-
-
-def _fitting(training: TrainingConfig, examples: int) -> TrainingConfig:
-    """A batch is at most the corpus: with fewer examples than a batch no step would be made."""
-    if training.batch_size <= examples:
-        return training
-    return training.model_copy(update={"batch_size": examples, "micro_batch_size": None})
 
 
 def compact(labels: np.ndarray) -> np.ndarray:
@@ -215,23 +209,3 @@ def _measure(
             facts |= supervised_metrics(labels[known], truth)
             facts["speakers"] = int(truth.max()) + 1
     out.metrics(clustering={method: facts})
-
-
-def history_figure(history: list[dict[str, float]]) -> Any:
-    """The curves of a history over epochs, one small panel per quantity."""
-    from matplotlib.figure import Figure
-
-    names = sorted({name for row in history for name in row} - {"epoch"})
-    columns = 3
-    rows = -(-len(names) // columns)
-    figure = Figure(figsize=(9, 2.0 * rows))
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for axis in axes.flat[len(names) :]:
-        axis.remove()
-    for axis, name in zip(axes.flat, names, strict=False):
-        points = [(row.get("epoch", n), row[name]) for n, row in enumerate(history) if name in row]
-        axis.plot(*zip(*points, strict=True), linewidth=1.2)
-        axis.set_title(name.replace("_", " "), fontsize="small")
-        axis.tick_params(labelsize="x-small")
-    figure.tight_layout()
-    return figure

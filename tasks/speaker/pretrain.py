@@ -16,8 +16,8 @@ from pydantic import Field
 from goldcrest.cluster.api import Artifact, Output, StepError, TrainingConfig, task
 from goldcrest.tasks.data.frames import FrameReader
 from goldcrest.tasks.speaker.bundle import write_bundle
-from goldcrest.tasks.speaker.cluster import history_figure
 from goldcrest.tasks.speaker.network import LossConfig, NetworkSettings, network_settings
+from goldcrest.tasks.speaker.training import fitting, history_figure
 
 
 class PretrainConfig(LossConfig):
@@ -96,13 +96,6 @@ def read_examples(features: Artifact, labels: Artifact, min_cluster: int) -> Any
     compacted = np.unique(label[frequent], return_inverse=True)[1]
     reader = FrameReader(features.file("fbank.arrow"))
     return Examples.of(reader, ids[frequent].tolist(), compacted)
-
-
-def fitting(training: TrainingConfig, examples: int) -> TrainingConfig:
-    """The training config with a batch that is at most the corpus."""
-    if training.batch_size <= examples:
-        return training
-    return training.model_copy(update={"batch_size": examples, "micro_batch_size": None})
 
 
 def split_state(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -20,9 +20,9 @@ from pydantic import Field, model_validator
 from goldcrest.cluster.api import Artifact, Output, TrainingConfig, task
 from goldcrest.tasks.methods import complete_method, complete_settings, settings_of
 from goldcrest.tasks.speaker.bundle import load_network, read_description, write_bundle
-from goldcrest.tasks.speaker.cluster import history_figure
 from goldcrest.tasks.speaker.network import LossConfig, network_settings
-from goldcrest.tasks.speaker.pretrain import fitting, join_state, read_examples, split_state
+from goldcrest.tasks.speaker.pretrain import join_state, read_examples, split_state
+from goldcrest.tasks.speaker.training import fitting, history_figure
 
 if TYPE_CHECKING:
     import torch
