@@ -153,21 +153,36 @@ def hold_out_speakers(recordings: Sequence[Recording], share: float, seed: int) 
     Each corpus keeps at least two speakers on either side (one can make no non-target trial), so a
     corpus of fewer than four labelled speakers trains as a whole; the unlabelled always train.
     """
-    speakers: dict[str, set[str]] = {}
+    speakers: dict[str, dict[str, str]] = {}
     for recording in recordings:
         if recording.speaker is not None:
-            speakers.setdefault(recording.corpus, set()).add(recording.speaker)
+            of_corpus = speakers.setdefault(recording.corpus, {})
+            of_corpus[recording.speaker] = recording.sex or of_corpus.get(recording.speaker, "")
     held: set[tuple[str, str]] = set()
-    for corpus, names in speakers.items():
-        if len(names) >= 4 and share > 0:
+    for corpus, sex_of in speakers.items():
+        if len(sex_of) >= 4 and share > 0:
             rng = np.random.default_rng([seed, 3, *corpus.encode()])
-            count = min(max(round(share * len(names)), 2), len(names) - 2)
-            chosen = rng.permutation(sorted(names))[:count]
-            held.update((corpus, str(name)) for name in chosen)
+            count = min(max(round(share * len(sex_of)), 2), len(sex_of) - 2)
+            held.update((corpus, name) for name in _draw_in_pairs(sex_of, count, rng))
     return [
         "eval" if r.speaker is not None and (r.corpus, r.speaker) in held else "train"
         for r in recordings
     ]
+
+
+def _draw_in_pairs(sex_of: dict[str, str], count: int, rng: np.random.Generator) -> list[str]:
+    """`count` speakers, two of one sex at a time: non-target trials are made within a sex."""
+    sexes = [str(sex) for sex in rng.permutation(sorted(set(sex_of.values())))]
+    left = {
+        sex: [str(n) for n in rng.permutation(sorted(n for n in sex_of if sex_of[n] == sex))]
+        for sex in sexes
+    }
+    chosen: list[str] = []
+    while len(chosen) < count:
+        most = max(sexes, key=lambda sex: len(left[sex]))
+        for _ in range(min(2, count - len(chosen), len(left[most]))):
+            chosen.append(left[most].pop())
+    return chosen
 
 
 def _embedded_jobs(cfg: PrepareConfig, seed: int) -> list[_Job]:

@@ -1,4 +1,4 @@
-"""What every step that trains shares: a batch that fits the corpus, and the figure of its history."""
+"""What steps that train share: a batch that fits the corpus, the figure of the history."""
 
 from __future__ import annotations
 

@@ -114,6 +114,18 @@ def test_held_out_speakers_are_disjoint(speakers: int, share: float, seed: int) 
         assert len(sides["eval"]) >= 2
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_held_out_speakers_can_make_trials_within_a_sex(seed: int) -> None:
+    recordings = [
+        Recording(id=str(n), corpus="c", path=Path("x"), speaker=f"s{n}", sex="MF"[n % 2])
+        for n in range(6)
+    ]
+    splits = hold_out_speakers(recordings, 0.3, seed)
+    held = [r.sex for r, split in zip(recordings, splits, strict=True) if split == "eval"]
+    assert len(held) == 2
+    assert held[0] == held[1]
+
+
 def test_the_unlabelled_train() -> None:
     recordings = [Recording(id=str(n), corpus="c", path=Path("x")) for n in range(9)]
     assert set(hold_out_speakers(recordings, 0.3, 0)) == {"train"}
