@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import _ctypes
 import ctypes
+import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -150,8 +152,9 @@ class _Espeak:
     """espeak-ng through its C interface, loaded afresh for every speaker.
 
     The library keeps static state that even its own Terminate leaves behind (its pseudo-random
-    jitter, for one), so that a voice would sound a little different after other voices. Unloading
-    the library is what makes a voice a function of its settings alone.
+    jitter, for one), so that a voice would sound a little different after other voices. A copy of
+    the library, loaded and unloaded, is what makes a voice a function of its settings alone; the
+    file itself will not do, since anybody else in this process may hold it open.
     """
 
     def __init__(self) -> None:
@@ -162,7 +165,9 @@ class _Espeak:
                 "the embedded corpus needs espeak-ng",
                 hint="pip install 'goldcrest[demo]', or give real speech with --corpus DIR",
             ) from error
-        self._library = ctypes.CDLL(espeakng_loader.get_library_path())
+        with tempfile.TemporaryDirectory(prefix="goldcrest-espeak-") as folder:
+            private = shutil.copy(espeakng_loader.get_library_path(), folder)
+            self._library = ctypes.CDLL(private)
         data = str(Path(espeakng_loader.get_data_path())).encode()
         self.rate: int = self._library.espeak_Initialize(_AUDIO_OUTPUT_SYNCHRONOUS, 0, data, 0)
         if self.rate <= 0:
