@@ -11,7 +11,7 @@ from goldcrest.tasks.data.synthetic import ACCENTS, make_voices, sentence, synth
 
 
 def test_a_voice_depends_on_its_settings_alone() -> None:
-    """Also where somebody else (the doctor does) holds the library open, so that it stays loaded."""
+    """Also where somebody else (the doctor does) holds the library, so that it stays loaded."""
     held = ctypes.CDLL(espeakng_loader.get_library_path())
     assert held.espeak_Initialize
     first, other = make_voices(2, seed=3)
