@@ -98,9 +98,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     run(
         "dense",
         pretrain,
-        PretrainConfig(
-            network=NETWORK, crop_frames=(40, 60), training=training(3), margin_warmup=2
-        ),
+        PretrainConfig(network=NETWORK, crop_frames=(40, 60), training=training(6)),
         done["features"],
         done["truth"],
     )
@@ -246,6 +244,21 @@ def test_compact_labels_have_no_gaps() -> None:
     assert compact(np.array([7, 3, 7, 9])).tolist() == [1, 0, 1, 2]
 
 
+def test_the_margin_grows_to_its_value() -> None:
+    from goldcrest.kernels.margin import aam
+    from goldcrest.tasks.speaker.objective import SpeakerObjective
+
+    settings = aam.Settings(margin=0.2)
+    head = aam.Head(4, 3, settings)
+    objective = SpeakerObjective.__new__(SpeakerObjective)
+    objective.margin_settings, objective.margin_warmup = settings, 4
+    margins = []
+    for epoch in (0, 2, 4, 9):
+        objective._grow_margin(head, epoch)
+        margins.append(head.settings.margin)
+    assert margins == pytest.approx([0.0, 0.1, 0.2, 0.2])
+
+
 def test_training_lowers_the_loss(chain: dict[str, Artifact]) -> None:
     losses = [row["loss"] for row in chain["dense"].json("history")]
     assert losses[-1] < losses[0]
@@ -347,29 +360,45 @@ def test_a_given_trial_list(chain: dict[str, Artifact], run_task, tmp_path: Path
             run_task(evaluate, cfg, *inputs, None, None)
 
 
+def relabelled(corpus: Artifact, name: str, speaker: str | None) -> Artifact:
+    """A copy of the corpus whose utterances are all of one speaker, or of nobody known."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from goldcrest.cluster.artifact import describe_files
+
+    folder = corpus.path.parent / name
+    if not folder.exists():
+        shutil.copytree(corpus.path, folder)
+    facts = pq.read_table(folder / "facts.parquet")
+    speakers = pa.array([speaker] * facts.num_rows, pa.string())
+    facts = facts.set_column(facts.schema.get_field_index("speaker"), "speaker", speakers)
+    pq.write_table(facts, folder / "facts.parquet")
+    return Artifact(folder, {**corpus.manifest, "files": describe_files(folder)})
+
+
 def test_without_labels_there_are_models_but_no_error_rates(
     chain: dict[str, Artifact], run_task
 ) -> None:
-    import pyarrow as pa
-
-    folder = chain["corpus"].path.parent / "unlabelled"
-    if not folder.exists():
-        shutil.copytree(chain["corpus"].path, folder)
-    import pyarrow.parquet as pq
-
-    facts = pq.read_table(folder / "facts.parquet")
-    place = facts.schema.get_field_index("speaker")
-    facts = facts.set_column(place, "speaker", pa.nulls(facts.num_rows, pa.string()))
-    pq.write_table(facts, folder / "facts.parquet")
-    from goldcrest.cluster.artifact import describe_files
-
-    manifest = {**chain["corpus"].manifest, "files": describe_files(folder)}
-    corpus = Artifact(folder, manifest)
+    corpus = relabelled(chain["corpus"], "unlabelled", None)
     inputs = [chain[n] for n in ("features", "ivectors", "dense")]
     cfg = EvaluateConfig(bootstrap=10, timed_utterances=1)
     made = run_task(evaluate, cfg, corpus, *inputs, None, None)
     assert made.metrics["verification"] == {}
     assert made.metrics["models"]["dense"]["bytes"] > 0
+    with pytest.raises(StepError, match="two labelled speakers"):
+        run_task(true_labels, TrueLabelsConfig(), corpus)
+
+
+def test_one_speaker_makes_no_trials_and_the_report_says_why(
+    chain: dict[str, Artifact], run_task
+) -> None:
+    corpus = relabelled(chain["corpus"], "alone", "embedded:only")
+    inputs = [chain[n] for n in ("features", "ivectors", "dense")]
+    cfg = EvaluateConfig(bootstrap=10, timed_utterances=1)
+    made = run_task(evaluate, cfg, corpus, *inputs, None, None)
+    assert made.metrics["verification"] == {}
+    assert "one speaker" in made.metrics["notes"]["eval_trials"]
     with pytest.raises(StepError, match="two labelled speakers"):
         run_task(true_labels, TrueLabelsConfig(), corpus)
 
