@@ -98,7 +98,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     run(
         "dense",
         pretrain,
-        PretrainConfig(network=NETWORK, crop_frames=(40, 60), training=training(6)),
+        PretrainConfig(network=NETWORK, crop_frames=(40, 60), training=training(15)),
         done["features"],
         done["truth"],
     )
@@ -261,7 +261,7 @@ def test_the_margin_grows_to_its_value() -> None:
 
 def test_training_lowers_the_loss(chain: dict[str, Artifact]) -> None:
     losses = [row["loss"] for row in chain["dense"].json("history")]
-    assert losses[-1] < losses[0]
+    assert np.mean(losses[-3:]) < np.mean(losses[:3])  # one batch an epoch is noisy
 
 
 def test_the_sparse_bundle_is_sparse_and_smaller(chain: dict[str, Artifact]) -> None:
