@@ -53,6 +53,24 @@ class Config(api.Config):
     evaluate: EvaluateConfig = Field(EvaluateConfig(), description="trials and measurements")
 
     @model_validator(mode="after")
+    def _one_classifier(self) -> Self:
+        for name in ("margin", "min_cluster"):
+            dense, sparse = getattr(self.pretrain, name), getattr(self.sparse, name)
+            if dense != sparse:
+                raise ValueError(
+                    f"sparse.{name} is {sparse} but pretrain.{name} is {dense}: sparse fine-tuning "
+                    "goes on with the dense network's classifier, so they must be the same"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _clusterings_have_names(self) -> Self:
+        names = [each.label or each.method for each in (self.clustering, *self.compare)]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two clusterings are called alike ({names}): give one a `label`")
+        return self
+
+    @model_validator(mode="after")
     def _one_round_of_truth(self) -> Self:
         if self.pretrain.labels and self.rounds > 1:
             raise ValueError("pretrain.labels trains once on true labels: leave rounds at 1")
@@ -69,9 +87,12 @@ def build(cfg: Config) -> list[Any]:
         count = choose_clusters.bind(cfg.choice, vectors, seed=cfg.seed)
 
     def clustered(each: ClusterConfig, found: Any, name: str) -> Any:
-        return cluster.bind(each, found, count, corpus, name=name, seed=cfg.seed)
+        counted = count if each.clusters == "auto" else None
+        return cluster.bind(each, found, counted, corpus, name=name, seed=cfg.seed)
 
-    compared = [clustered(each, vectors, f"cluster-{each.method}") for each in cfg.compare]
+    compared = [
+        clustered(each, vectors, f"cluster-{each.label or each.method}") for each in cfg.compare
+    ]
     if cfg.pretrain.labels:
         labels = true_labels.bind(TrueLabelsConfig(), corpus, name="labels")
     else:
@@ -79,7 +100,9 @@ def build(cfg: Config) -> list[Any]:
     dense = pretrain.bind(cfg.pretrain, frames, labels, seed=cfg.seed)
     for number in range(2, cfg.rounds + 1):
         again = embed.bind(cfg.embed, dense, frames, name=f"embed-{number}")
-        labels = clustered(cfg.clustering, again, f"cluster-round-{number}")
+        label = f"{cfg.clustering.label or cfg.clustering.method}-round-{number}"
+        anew = cfg.clustering.model_copy(update={"label": label})
+        labels = clustered(anew, again, f"cluster-round-{number}")
         name = f"pretrain-round-{number}"
         dense = pretrain.bind(cfg.pretrain, frames, labels, name=name, seed=cfg.seed)
     sparse = sparse_finetune.bind(cfg.sparse, dense, frames, labels, name="sparse", seed=cfg.seed)

@@ -67,7 +67,7 @@ def check_method(family: str, method: str) -> None:
     known = method_names(family)
     if method not in known:
         near = difflib.get_close_matches(method, known, 1)
-        guess = f"; did you mean '{near[0]}'?" if near else ""
+        guess = f"; did you mean '{near[0]}'?" if near else "."
         raise ValueError(f"there is no method '{method}'{guess} There are: {', '.join(known)}")
 
 
@@ -97,7 +97,7 @@ def _parse(settings_class: Any, given: Mapping[str, Any]) -> Any:
     for field in given:
         if field not in allowed:
             near = difflib.get_close_matches(field, allowed, 1)
-            guess = f"; did you mean '{near[0]}'?" if near else ""
+            guess = f"; did you mean '{near[0]}'?" if near else "."
             raise ValueError(f"unknown setting '{field}'{guess} Allowed: {', '.join(allowed)}")
     try:
         return TypeAdapter(settings_class).validate_python(dict(given))
@@ -119,7 +119,7 @@ def _folder(family: str) -> Path:
 def _source(module: str) -> bytes:
     """The bytes of all files of the kernel's family: what its settings can depend on."""
     folder = _folder(module.rpartition(".")[0])
-    return b"\0".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
+    return b"\0".join(path.read_bytes() for path in sorted(folder.rglob("*.py")))
 
 
 def _cache_folder() -> Path:

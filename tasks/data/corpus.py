@@ -6,13 +6,15 @@ Layouts, found by looking (`layout="auto"`) or stated:
                      `speaker`, `sex`, `text`), or such a manifest file itself
 * `speaker_folders`  one folder per speaker: the name of the first folder level is the speaker
 * `bare`             any folder of audio files, unlabelled
-* `datasets`         a Hugging Face dataset with an `audio` column: `datasets:NAME_OR_PATH[:SPLIT]`
+* `datasets`         a Hugging Face dataset with an `audio` column: one saved on disk as a folder,
+                     or one of the hub as `datasets://NAME[:SPLIT]`
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +26,8 @@ from goldcrest.tasks.data.audio import AUDIO_SUFFIXES
 Layout = Literal["auto", "metadata", "speaker_folders", "bare"]
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 MAX_METADATA_LINE = 1 << 20  # characters: a longer line is not a row of metadata
-DATASETS_PREFIX = "datasets:"
+DATASETS_PREFIX = "datasets://"
+DATASETS_FILES = ("state.json", "dataset_dict.json")  # what `save_to_disk` leaves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,15 +50,16 @@ class Recording:
     problem: str | None = None
 
 
-def read_corpora(paths: tuple[str, ...], layout: Layout = "auto") -> list[Recording]:
+def read_corpora(
+    paths: tuple[str, ...], layout: Layout = "auto", names: tuple[str, ...] | None = None
+) -> list[Recording]:
     """The recordings of all corpora in `paths`, in a fixed order, with unique ids.
 
-    Raises InputError for a missing or empty corpus and for metadata that can't be read.
+    `names` are the corpora's names, by default `corpus_names(paths)`. Raises InputError for a
+    missing or empty corpus, for metadata that can't be read, and for a file in two corpora.
     """
     recordings: list[Recording] = []
-    names: set[str] = set()
-    for path in paths:
-        name = _unique(corpus_name(path), names)
+    for path, name in zip(paths, names or corpus_names(paths), strict=True):
         found = list(read_corpus(path, name, layout))
         if not found:
             raise InputError(
@@ -63,20 +67,47 @@ def read_corpora(paths: tuple[str, ...], layout: Layout = "auto") -> list[Record
                 hint=f"put {', '.join(sorted(AUDIO_SUFFIXES))} files or a metadata.jsonl there",
             )
         recordings.extend(found)
+    _refuse_doubles(recordings)
     return recordings
 
 
+def corpus_names(paths: tuple[str, ...]) -> tuple[str, ...]:
+    """A short name for every corpus: its folder's or dataset's, numbered where two are alike."""
+    taken: list[str] = []
+    for path in paths:
+        base, count = corpus_name(path), 2
+        name = base
+        while name in taken:
+            name, count = f"{base}-{count}", count + 1
+        taken.append(name)
+    return tuple(taken)
+
+
 def corpus_name(path: str) -> str:
-    """A short name for a corpus: the last part of its path without suffix."""
-    return Path(path.removeprefix(DATASETS_PREFIX).split(":")[0]).stem or "corpus"
+    """A short name for one corpus: the folder's, also for a manifest file in it."""
+    if path.startswith(DATASETS_PREFIX):
+        return path.removeprefix(DATASETS_PREFIX).split(":")[0].rpartition("/")[2] or "corpus"
+    full = Path(path).expanduser().absolute()
+    name = full.parent.name if full.name in METADATA_NAMES else full.name
+    return as_text(name.removesuffix(".jsonl").removesuffix(".csv")) or "corpus"
 
 
-def _unique(name: str, taken: set[str]) -> str:
-    candidate, count = name, 2
-    while candidate in taken:
-        candidate, count = f"{name}-{count}", count + 1
-    taken.add(candidate)
-    return candidate
+def as_text(name: str) -> str:
+    """A file name as text that UTF-8 can hold: bytes that are not UTF-8 become `\\xNN`."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _refuse_doubles(recordings: list[Recording]) -> None:
+    """One file in two corpora would be in training and in evaluation."""
+    seen: dict[Path, str] = {}
+    for recording in recordings:
+        if recording.data is None:
+            first = seen.setdefault(recording.path.resolve(), recording.id)
+            if first != recording.id:
+                raise InputError(
+                    f"{recording.path} is in two corpora ({first}, {recording.id})",
+                    hint="give every folder once, and none inside another",
+                )
 
 
 def read_corpus(path: str, name: str, layout: Layout = "auto") -> Iterator[Recording]:
@@ -87,6 +118,8 @@ def read_corpus(path: str, name: str, layout: Layout = "auto") -> Iterator[Recor
     root = Path(path).expanduser()
     if root.is_file():
         yield from _read_metadata(root, name)
+    elif any((root / name).is_file() for name in DATASETS_FILES):
+        yield from _read_datasets(str(root), name)
     elif root.is_dir():
         layout = _detect(root) if layout == "auto" else layout
         if layout == "metadata":
@@ -118,16 +151,25 @@ def _metadata_file(root: Path) -> Path:
 
 
 def _read_folder(root: Path, corpus: str, *, labelled: bool) -> Iterator[Recording]:
-    for path in sorted(root.rglob("*")):
-        if _is_audio(path):
+    for path in _visible_files(root):
+        if path.suffix.lower() in AUDIO_SUFFIXES:
             relative = path.relative_to(root)
-            deep_enough = labelled and len(relative.parts) > 1
+            speaker = relative.parts[0] if labelled and len(relative.parts) > 1 else None
             yield Recording(
-                id=f"{corpus}/{relative.as_posix()}",
+                id=f"{corpus}/{as_text(relative.as_posix())}",
                 corpus=corpus,
                 path=path,
-                speaker=relative.parts[0] if deep_enough else None,
+                speaker=None if speaker is None else as_text(speaker),
             )
+
+
+def _visible_files(root: Path) -> list[Path]:
+    """Files below `root` in a fixed order; links are followed, hidden names left out."""
+    found = []
+    for folder, folders, files in os.walk(root, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(folder, name) for name in files if not name.startswith(".")]
+    return sorted(found)
 
 
 def _read_metadata(manifest: Path, corpus: str) -> Iterator[Recording]:
@@ -218,7 +260,7 @@ def _read_datasets(reference: str, corpus: str) -> Iterator[Recording]:
 
     name, _, split = reference.partition(":")
     try:
-        if (Path(name) / "state.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
+        if any((Path(name) / file).is_file() for file in DATASETS_FILES):
             loaded = datasets.load_from_disk(name)
             table = loaded[split or "train"] if isinstance(loaded, datasets.DatasetDict) else loaded
         else:

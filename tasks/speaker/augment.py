@@ -1,7 +1,7 @@
 """Augmented copies of waveforms: which corruption, how strong, from what noise.
 
-One of {clean speed change, reverberation, babble, music-like noise, noise, babble + reverberation}
-per copy, drawn uniformly from what is switched on (spec of the speaker study, "augmentations").
+A copy is a speed change, reverberation, babble or noise, drawn uniformly from what is switched on
+(spec of the speaker study, "augmentations").
 Without noise and room recordings the noise is white or pink, the rooms are synthetic and the babble
 is other utterances of the corpus, so that augmentation needs no data beyond the corpus itself.
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from goldcrest.cluster.api import Config, InputFiles
 from goldcrest.tasks.data import audio
@@ -46,17 +46,39 @@ class AugmentConfig(Config):
         (0.95, 1.05), description="range of speed factors; more changes the perceived speaker"
     )
 
+    @field_validator("noise_snr", "babble_snr", "babble_voices", "t60", "speed")
+    @classmethod
+    def _rising(cls, limits: tuple[float, float]) -> tuple[float, float]:
+        if not limits[0] <= limits[1]:
+            raise ValueError(f"a range is [least, most], not {list(limits)}")
+        return limits
+
+    @field_validator("babble_voices", "t60", "speed")
+    @classmethod
+    def _above_zero(cls, limits: tuple[float, float]) -> tuple[float, float]:
+        if limits[0] <= 0:
+            raise ValueError(f"must be above 0, not {list(limits)}")
+        return limits
+
 
 @dataclass(frozen=True)
 class NoiseBank:
-    """Waveforms to corrupt with, each (N,) float32 at 16 kHz; empty lists: synthetic ones."""
+    """Waveforms to corrupt with, each (N,) float32 at 16 kHz; empty lists: synthetic ones.
+
+    `voices` are pairs of a speaker and an utterance.
+    """
 
     noises: Sequence[np.ndarray]
     rooms: Sequence[np.ndarray]
-    voices: Sequence[np.ndarray]
+    voices: Sequence[tuple[str, np.ndarray]]
+
+    def without(self, speaker: str) -> NoiseBank:
+        """The bank without this speaker's voice: babble is of others."""
+        others = [voice for voice in self.voices if voice[0] != speaker]
+        return NoiseBank(self.noises, self.rooms, others)
 
 
-def load_noise_bank(cfg: AugmentConfig, voices: Sequence[np.ndarray]) -> NoiseBank:
+def load_noise_bank(cfg: AugmentConfig, voices: Sequence[tuple[str, np.ndarray]]) -> NoiseBank:
     """Read the noise corpora; a file that can't be read is left out."""
     noises: list[np.ndarray] = []
     rooms: list[np.ndarray] = []
@@ -95,7 +117,7 @@ def corrupt(
     elif kind == "babble" and bank.voices:
         count = int(rng.integers(cfg.babble_voices[0], cfg.babble_voices[1] + 1))
         chosen = rng.choice(len(bank.voices), size=min(count, len(bank.voices)), replace=False)
-        voices = [torch.from_numpy(bank.voices[int(i)]) for i in chosen]
+        voices = [torch.from_numpy(bank.voices[int(i)][1]) for i in chosen]
         crowd = mixing.babble(voices, len(speech), rng)
         speech = mixing.add_noise(speech, crowd, float(rng.uniform(*cfg.babble_snr)))
     else:

@@ -12,7 +12,7 @@ Artifact:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -34,7 +34,8 @@ class ClusterConfig(Config):
 
     method: str = Field("cimc", description="a file of kernels/clustering")
     settings: dict[str, Any] = Field({}, description="the method's settings (see its file)")
-    clusters: int | Literal["auto"] = Field(
+    label: str = Field("", description="name in the metrics; empty: the method's name")
+    clusters: Annotated[int, Field(ge=2)] | Literal["auto"] = Field(
         "auto", description="number of clusters; auto: chosen without labels by choose_clusters"
     )
     candidates: tuple[dict[str, Any], ...] = Field(
@@ -90,7 +91,7 @@ def cluster(
     out.table("labels", {"id": found.ids, "label": pa.array(labels, pa.int32())})
     out.tensors("model", dict(result.model))
     out.json("history", result.history)
-    _measure(cfg.method, found, labels, clusters, corpus, out)
+    _measure(cfg.label or cfg.method, found, labels, clusters, corpus, out)
     if len(result.history) > 1:
         out.figure("history", history_figure(result.history))
 
@@ -184,7 +185,7 @@ def compact(labels: np.ndarray) -> np.ndarray:
 
 
 def _measure(
-    method: str,
+    name: str,
     found: Vectors,
     labels: np.ndarray,
     clusters: int,
@@ -208,4 +209,4 @@ def _measure(
             truth = np.unique(names, return_inverse=True)[1]
             facts |= supervised_metrics(labels[known], truth)
             facts["speakers"] = int(truth.max()) + 1
-    out.metrics(clustering={method: facts})
+    out.metrics(clustering={name: facts})

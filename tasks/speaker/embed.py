@@ -23,7 +23,6 @@ class EmbedConfig(Config):
     shard_utterances: Annotated[int, DoesNotChangeResult] = Field(
         2_000, ge=1, description="utterances per piece of work"
     )
-    gpus: Annotated[float, DoesNotChangeResult] = Field(0.0, ge=0, description="GPUs per piece")
 
 
 @task(cpus=0, seeded=False, timeout="12h")
@@ -37,7 +36,7 @@ def embed(cfg: EmbedConfig, model: Artifact, features: Artifact, out: Output) ->
     ranges = [rows[start : start + size] for start in range(0, len(rows), size)]
     work = functools.partial(embed_rows, folder=model.path, reader=reader)
     found = []
-    for number, part in enumerate(out.runtime.map(work, ranges, gpus=cfg.gpus, note="embed")):
+    for number, part in enumerate(out.runtime.map(work, ranges, note="embed")):
         found.append(part)
         out.progress((number + 1) / len(ranges), "embeddings")
     vectors = np.concatenate(found)

@@ -35,8 +35,8 @@ class FeatureConfig(FrontEndConfig):
     workers: Annotated[int, DoesNotChangeResult] = Field(
         2, ge=1, description="processes that extract features"
     )
-    batch_rows: Annotated[int, DoesNotChangeResult] = Field(
-        32, ge=1, description="utterances that a worker takes at a time"
+    batch_rows: int = Field(
+        32, ge=1, description="utterances that a worker takes at a time; batches of the files too"
     )
 
 
@@ -63,7 +63,12 @@ class Extract:
                 samples = clean
                 if copy:
                     samples = corrupt(
-                        clean, utterance["id"], copy, self._cfg.augment, self._bank, self._seed
+                        clean,
+                        utterance["id"],
+                        copy,
+                        self._cfg.augment,
+                        self._bank.without(utterance["speaker"] or utterance["id"]),
+                        self._seed,
                     )
                 rows.append(self._row(utterance, copy, samples, speech))
         return pa.Table.from_pylist(rows, schema=_ROWS)
@@ -129,15 +134,16 @@ def features(cfg: FeatureConfig, corpus: Artifact, out: Output) -> None:
     )
 
 
-def _babble_pool(corpus: Artifact, seed: int) -> list[np.ndarray]:
-    """Seeded training utterances, read from as many shards as it takes."""
-    pool: list[np.ndarray] = []
-    for shard in corpus.shards("utterances"):
-        table = pq.read_table(shard, columns=["split", "audio"])
+def _babble_pool(corpus: Artifact, seed: int) -> list[tuple[str, np.ndarray]]:
+    """Seeded training utterances with their speakers, an equal share of every shard."""
+    pool: list[tuple[str, np.ndarray]] = []
+    shards = corpus.shards("utterances")
+    share = -(-_BABBLE_POOL // len(shards))
+    for number, shard in enumerate(shards):
+        table = pq.read_table(shard, columns=["id", "speaker", "split", "audio"])
         train = np.flatnonzero(np.array(table.column("split").to_pylist()) == "train")
-        order = np.random.default_rng([seed, 5]).permutation(train)
-        for row in order[: _BABBLE_POOL - len(pool)]:
-            pool.append(audio.from_pcm16(table.column("audio")[int(row)].as_py()))
-        if len(pool) >= _BABBLE_POOL:
-            break
-    return pool
+        for row in np.random.default_rng([seed, 5, number]).permutation(train)[:share]:
+            facts = table.slice(int(row), 1).to_pylist()[0]
+            who = facts["speaker"] or facts["id"]
+            pool.append((who, audio.from_pcm16(facts["audio"])))
+    return pool[:_BABBLE_POOL]

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from goldcrest.cluster.api import Artifact, Config, DoesNotChangeResult, Output, StepError, task
+from goldcrest.cluster.api import Artifact, Config, Output, StepError, task
 from goldcrest.tasks.data.frames import FrameReader
 from goldcrest.tasks.methods import SettingsOf, settings_of
 
@@ -58,9 +58,6 @@ class IvectorConfig(Config):
         None, ge=0, le=1, description="centre and whiten with this strength; None: neither"
     )
     shard_utterances: int = Field(2_000, ge=1, description="utterances per shard of statistics")
-    gpus: Annotated[float, DoesNotChangeResult] = Field(
-        0.0, ge=0, description="GPUs of every worker that accumulates statistics"
-    )
 
 
 @task(cpus=0, timeout="24h")
@@ -72,7 +69,7 @@ def ivector(cfg: IvectorConfig, features: Artifact, out: Output) -> None:
     train = np.flatnonzero((splits == "train") & (reader.copies == 0))
     if len(train) < 2:
         raise StepError(f"i-vectors need two training utterances or more, there are {len(train)}")
-    fan_out = functools.partial(out.runtime.map, gpus=cfg.gpus)
+    fan_out = out.runtime.map
     ubm = _train_ubm(cfg, reader, train, out, fan_out)
     shards = _write_statistics(cfg, reader, train, ubm, out, fan_out)
     model = _train_model(cfg, ubm, shards, out, fan_out)
@@ -128,7 +125,7 @@ def _train_ubm(
 
 
 def _sample_frames(reader: FrameReader, rows: np.ndarray, count: int, seed: int) -> torch.Tensor:
-    """At most `count` frames (T, D) float32, an equal share of every utterance."""
+    """About `count` frames (T, D) float32, an equal share of every utterance."""
     import torch
 
     share = min(1.0, count / max(1, int(reader.lengths[rows].sum())))

@@ -16,16 +16,16 @@ import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from goldcrest.cluster.api import Config, InputError, InputFiles, Output, StepError, task
 from goldcrest.tasks.data import audio, synthetic
-from goldcrest.tasks.data.corpus import Layout, Recording, read_corpora
+from goldcrest.tasks.data.corpus import Layout, Recording, as_text, corpus_names, read_corpora
 from goldcrest.tasks.methods import SettingsOf, settings_of
 
 Split = Literal["train", "eval"]
@@ -60,10 +60,17 @@ class PrepareConfig(Config):
     """Which speech is read and how it is cut."""
 
     paths: Annotated[tuple[str, ...], InputFiles] = Field(
-        (), description="corpora: folders, manifest files or datasets:NAME; none: the embedded one"
+        (),
+        description="corpora: folders, manifests or datasets://NAME; none: the embedded one",
     )
     eval_paths: Annotated[tuple[str, ...], InputFiles] = Field(
         (), description="corpora for evaluation only; none: speakers held out of `paths`"
+    )
+    names: tuple[str, ...] = Field(
+        (), description="names of the corpora in ids and results; none: those of their folders"
+    )
+    beside: Annotated[tuple[str, ...], InputFiles] = Field(
+        (), description="folders of corpora that are given as manifest files (filled in)"
     )
     layout: Layout = Field("auto", description="how folders are read; auto: found by looking")
     embedded: EmbeddedConfig = Field(EmbeddedConfig(), description="the corpus made on the spot")
@@ -80,6 +87,18 @@ class PrepareConfig(Config):
     max_bad_share: float = Field(
         0.2, ge=0, le=1, description="share of recordings that may be quarantined before it fails"
     )
+
+    @model_validator(mode="after")
+    def _fill_in(self) -> Self:
+        """Names and audio folders belong to the result, so they must be in the key."""
+        paths = (*self.paths, *self.eval_paths)
+        if self.names and len(self.names) != len(paths):
+            raise ValueError(f"{len(self.names)} names for {len(paths)} corpora")
+        object.__setattr__(self, "names", self.names or corpus_names(paths))
+        manifests = [Path(path).expanduser() for path in paths if "://" not in path]
+        folders = tuple(str(path.parent) for path in manifests if path.is_file())
+        object.__setattr__(self, "beside", folders)
+        return self
 
 
 @dataclass(frozen=True)
@@ -114,20 +133,13 @@ def prepare(cfg: PrepareConfig, out: Output) -> None:
 
 
 def _corpus_jobs(cfg: PrepareConfig, seed: int) -> list[_Job]:
-    both = set(map(_resolved, cfg.paths)) & set(map(_resolved, cfg.eval_paths))
-    if both:
-        raise InputError(f"{min(both)} is given for training and for evaluation")
-    recordings = read_corpora((*cfg.paths, *cfg.eval_paths), cfg.layout)
+    recordings = read_corpora((*cfg.paths, *cfg.eval_paths), cfg.layout, cfg.names)
     if cfg.eval_paths:
-        training = {r.id for r in read_corpora(cfg.paths, cfg.layout)}
-        splits: list[Split] = ["train" if r.id in training else "eval" for r in recordings]
+        training = set(cfg.names[: len(cfg.paths)])
+        splits: list[Split] = ["train" if r.corpus in training else "eval" for r in recordings]
     else:
         splits = hold_out_speakers(recordings, cfg.eval_share, seed)
     return list(_chunks(recordings, splits))
-
-
-def _resolved(path: str) -> str:
-    return str(Path(path).expanduser().resolve())
 
 
 def _chunks(recordings: Sequence[Recording], splits: Sequence[Split]) -> Iterator[_Job]:
@@ -205,11 +217,10 @@ def _run_job(
     """Rows, quarantine and number of recordings of one job; runs on a worker."""
     rows: list[dict[str, Any]] = []
     bad: list[dict[str, str]] = []
-    count = 0
     for recording, samples, split in _decoded(job, cfg, seed, bad):
-        count += 1
         rows.extend(_segments(recording, samples, split, cfg, bad))
-    return pa.Table.from_pylist(rows, schema=UTTERANCES), bad, count + len(bad)
+    count = len(job.recordings) + len(job.voices) * cfg.embedded.utterances
+    return pa.Table.from_pylist(rows, schema=UTTERANCES), bad, count
 
 
 def _decoded(
@@ -238,7 +249,7 @@ def _decoded(
 
 
 def _quarantine_row(recording: Recording, reason: str) -> dict[str, str]:
-    return {"id": recording.id, "path": str(recording.path), "reason": reason}
+    return {"id": recording.id, "path": as_text(str(recording.path)), "reason": reason}
 
 
 def _segments(

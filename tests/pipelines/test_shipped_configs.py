@@ -24,6 +24,21 @@ def test_the_variants_are_there() -> None:
     assert {"tiny", "base", "paper", "real"} <= names
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"pretrain": {"margin": "ce"}}, "must be the same"),
+        ({"compare": [{"method": "cimc"}]}, "called alike"),
+        ({"rounds": 2, "pretrain": {"labels": True}}, "once on true labels"),
+        ({"clustering": {"clusters": 1}}, "greater than or equal to 2"),
+        ({"features": {"augment": {"speed": [1.1, 0.9]}}}, "a range is"),
+    ],
+)
+def test_configs_that_would_fail_late_are_refused_early(change: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        speaker.Config(**change)
+
+
 def test_every_field_is_documented() -> None:
     """Descriptions carry the unit; a field without one is not finished."""
     from goldcrest.cluster.api import Config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,27 @@ def test_a_folder_per_speaker(tmp_path: Path) -> None:
         ("pack/anna/deep/2.flac", "anna"),
         ("pack/bob/1.ogg", "bob"),
     ]
+
+
+def test_a_file_in_two_corpora_is_refused(tmp_path: Path) -> None:
+    root = touch(tmp_path / "pack", "anna/1.wav", "bob/1.wav")
+    for inside in (root, root / "anna"):
+        with pytest.raises(InputError, match="in two corpora"):
+            read_corpora((str(root), str(inside)))
+
+
+def test_links_are_followed_and_hidden_files_left_out(tmp_path: Path) -> None:
+    touch(tmp_path / "elsewhere", "1.wav")
+    root = touch(tmp_path / "pack", "bob/1.wav", "bob/._1.wav", ".cache/2.wav")
+    (root / "anna").symlink_to(tmp_path / "elsewhere")
+    assert [r.id for r in read_corpora((str(root),))] == ["pack/anna/1.wav", "pack/bob/1.wav"]
+
+
+def test_a_name_that_is_not_utf8_stays_readable(tmp_path: Path) -> None:
+    root = tmp_path / "pack"
+    root.mkdir()
+    Path(os.fsdecode(os.fsencode(root) + b"/caf\xe9.wav")).write_bytes(b"RIFF")
+    assert [r.id for r in read_corpora((str(root),))] == ["pack/caf\\xe9.wav"]
 
 
 def test_a_bare_folder_is_unlabelled(tmp_path: Path) -> None:
@@ -154,14 +176,14 @@ def test_a_saved_dataset(tmp_path: Path) -> None:
         {"audio": [{"bytes": sound.read_bytes(), "path": "a.wav"}], "speaker": ["ann"]}
     )
     table.save_to_disk(str(tmp_path / "saved"))
-    (found,) = read_corpora((f"datasets:{tmp_path / 'saved'}",))
+    (found,) = read_corpora((str(tmp_path / "saved"),))
     assert found.data == sound.read_bytes()
     assert found.speaker == "ann"
 
 
 def test_a_dataset_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="can't be loaded"):
-        read_corpora((f"datasets:{tmp_path / 'none'}",))
+        read_corpora(("datasets://no/such-dataset",))
 
 
 @settings(deadline=None, max_examples=60)
@@ -177,4 +199,6 @@ def test_any_bytes_as_metadata_raise_nothing_but_input_errors(tmp_path_factory, 
 
 def test_names_of_corpora() -> None:
     assert corpus_name("/data/librispeech") == "librispeech"
-    assert corpus_name("datasets:org/name:train") == "name"
+    assert corpus_name("datasets://org/name:train") == "name"
+    assert corpus_name("/data/pack/metadata.jsonl") == "pack"
+    assert corpus_name("/data/train.clean") == "train.clean"

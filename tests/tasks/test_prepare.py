@@ -82,8 +82,19 @@ def test_evaluation_corpora_never_train(run_task, speech_folder: Path, tmp_path:
 
 def test_one_folder_for_both_is_refused(run_task, speech_folder: Path) -> None:
     path = str(speech_folder)
-    with pytest.raises(InputError, match="for training and for evaluation"):
+    with pytest.raises(InputError, match="in two corpora"):
         run_task(prepare, PrepareConfig(paths=(path,), eval_paths=(f"{path}/",)))
+
+
+def test_the_names_of_corpora_are_part_of_the_config(tmp_path: Path) -> None:
+    """They are part of every id, so they must be part of the key."""
+    cfg = PrepareConfig(paths=("/data/one", "/other/one"), eval_paths=("/data/two",))
+    assert cfg.names == ("one", "one-2", "two")
+    (tmp_path / "metadata.jsonl").write_text("")
+    manifest = PrepareConfig(paths=(str(tmp_path / "metadata.jsonl"),))
+    assert manifest.beside == (str(tmp_path),)
+    with pytest.raises(ValueError, match="1 names for 2 corpora"):
+        PrepareConfig(paths=("a", "b"), names=("x",))
 
 
 def test_the_embedded_corpus(run_task) -> None:

@@ -98,7 +98,12 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     run(
         "dense",
         pretrain,
-        PretrainConfig(network=NETWORK, crop_frames=(40, 60), training=training(15)),
+        PretrainConfig(
+            network=NETWORK,
+            margin_settings={"scale": 10.0},
+            crop_frames=(60, 60),
+            training=training(40),
+        ),
         done["features"],
         done["truth"],
     )
@@ -261,7 +266,7 @@ def test_the_margin_grows_to_its_value() -> None:
 
 def test_training_lowers_the_loss(chain: dict[str, Artifact]) -> None:
     losses = [row["loss"] for row in chain["dense"].json("history")]
-    assert np.mean(losses[-3:]) < np.mean(losses[:3])  # one batch an epoch is noisy
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])  # one batch an epoch is noisy
 
 
 def test_the_sparse_bundle_is_sparse_and_smaller(chain: dict[str, Artifact]) -> None:
