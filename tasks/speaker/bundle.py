@@ -57,7 +57,11 @@ def write_bundle(
     from goldcrest.kernels.sparsity.packing import pack_state
 
     out.tensors("model", pack_state(dict(tensors), packed) if packed else tensors)
-    weights = [value for value in tensors.values() if value.is_floating_point()]
+    weights = [
+        value
+        for key, value in tensors.items()
+        if value.is_floating_point() and not key.endswith(("running_mean", "running_var"))
+    ]
     description = {
         "schema": SCHEMA,
         "kind": KIND,

@@ -6,7 +6,8 @@ AS-normed against a cohort of training utterances where the config gives one (`e
 the plain cosine's). EERs are percent, by linear interpolation, with bootstrap intervals over
 speakers. Trials among the training speakers ("seen") are apart, under `verification_seen`.
 
-Artifact: scores (one row per trial), calibration (thresholds), figures det and scores.
+Artifact, for each of the two sections: scores_SECTION (one row per trial), calibration_SECTION
+(thresholds), the figures det_SECTION and scores_SECTION.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import functools
 import statistics
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +92,8 @@ def evaluate(
     bundles = {"dense": dense, "sparse": sparse, "int8": int8}
     present = {name: artifact for name, artifact in bundles.items() if artifact is not None}
     for artifact in present.values():
-        artifact.file("model.safetensors")
+        for member in ("bundle.json", "model.safetensors"):
+            artifact.file(member)
     for split, section in (("eval", "verification"), ("train", "verification_seen")):
         trials = _trials(cfg, corpus, split, out)
         if trials is None:
@@ -110,6 +113,7 @@ def _trials(cfg: EvaluateConfig, corpus: Artifact, split: str, out: Output) -> T
     facts = corpus.table("facts")
     facts = facts.filter(pc.and_(pc.equal(facts["split"], split), pc.is_valid(facts["speaker"])))
     if facts.num_rows < 2:
+        out.metrics(notes={f"{split}_trials": "there are no labelled utterances"})
         return None
     try:
         made = make_trials(
@@ -130,11 +134,13 @@ def _trials(cfg: EvaluateConfig, corpus: Artifact, split: str, out: Output) -> T
 
 def _given_trials(path: Path, corpus: Artifact) -> TrialSet:
     """Read a trial list; utterances by id, or by id without the corpus where that is unique."""
-    facts = corpus.table("facts", ["id", "corpus"])
-    ids = facts["id"].to_pylist()
+    facts = corpus.table("facts", ["id", "corpus", "split"])
+    ids, splits = facts["id"].to_pylist(), facts["split"].to_pylist()
     place = {name: number for number, name in enumerate(ids)}
+    short = Counter(name.partition("/")[2] for name in ids)
     for number, name in enumerate(ids):
-        place.setdefault(name.partition("/")[2], number)
+        if short[name.partition("/")[2]] == 1:
+            place.setdefault(name.partition("/")[2], number)
     rows = []
     for line_number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
         if not line.strip():
@@ -145,6 +151,11 @@ def _given_trials(path: Path, corpus: Artifact) -> TrialSet:
         for name in parts[1:]:
             if name not in place:
                 raise InputError(f"{path}:{line_number}: utterance '{name}' is not in the corpora")
+            if splits[place[name]] != "eval":
+                raise InputError(
+                    f"{path}:{line_number}: utterance '{name}' was trained on",
+                    hint="give the speech of the trial list with --eval-corpus",
+                )
         rows.append((parts[0] == "1", place[parts[1]], place[parts[2]]))
     if not rows or len({row[0] for row in rows}) < 2:
         raise InputError(f"{path} needs target (1) and non-target (0) trials")
@@ -176,7 +187,7 @@ def _score(
     rows = reader.rows()
     used = np.unique(np.concatenate([trials.first, trials.second]))
     wanted = np.array([rows[trials.ids[int(place)]] for place in used])
-    cohort = _cohort(features, reader, cfg.cohort, out.seed)
+    cohort = _cohort(features, reader, cfg.cohort, set(trials.ids), out.seed)
     for name, artifact in bundles.items():
         vectors = _embed(cfg, artifact, reader, np.concatenate([wanted, cohort]), name, out)
         full = np.zeros((len(trials.ids), vectors.shape[1]), np.float32)
@@ -196,10 +207,14 @@ def _score(
     return scores, plain
 
 
-def _cohort(features: Artifact, reader: FrameReader, count: int, seed: int) -> np.ndarray:
-    """Rows of a seeded sample of clean training utterances."""
+def _cohort(
+    features: Artifact, reader: FrameReader, count: int, tested: set[str], seed: int
+) -> np.ndarray:
+    """Rows of a seeded sample of clean training utterances; none where they are the trials."""
     splits = np.array(features.table("index", ["split"])["split"].to_pylist())
     train = np.flatnonzero((splits == "train") & (reader.copies == 0))
+    if any(reader.ids[int(row)] in tested for row in train):
+        return np.zeros(0, np.int64)  # seen trials: a cohort is of other speakers
     return np.random.default_rng([seed, 9]).permutation(train)[:count]
 
 
@@ -385,12 +400,12 @@ def _measure_bundles(
 
 def _some_waveforms(corpus: Artifact, count: int) -> list[np.ndarray]:
     """The first `count` waveforms of the corpus, evaluation speakers first where there are any."""
-    found: list[tuple[bool, bytes]] = []
+    kept: dict[str, list[bytes]] = {"eval": [], "train": []}
     for shard in corpus.shards("utterances"):
         table = pq.read_table(shard, columns=["split", "audio"])
-        is_eval = pc.equal(table["split"], "eval").to_pylist()
-        found += list(zip(is_eval, table["audio"].to_pylist(), strict=True))
-        if sum(flag for flag, _ in found) >= count:
+        for split, found in kept.items():
+            part = table.filter(pc.equal(table["split"], split))["audio"]
+            found += part.slice(0, count - len(found)).to_pylist()
+        if len(kept["eval"]) >= count:
             break
-    ordered = sorted(found, key=lambda item: not item[0])
-    return [audio.from_pcm16(data) for _, data in ordered[:count]]
+    return [audio.from_pcm16(data) for data in (kept["eval"] + kept["train"])[:count]]
