@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict
 
 from goldcrest.cluster.artifact import Artifact, Output, ShardWriter
 from goldcrest.cluster.errors import GoldcrestError, InputError, StepError
+from goldcrest.cluster.markers import DoesNotChangeResult, InputFiles
 from goldcrest.cluster.training_config import TrainingConfig
 
 if TYPE_CHECKING:
@@ -64,22 +65,6 @@ class Config(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, protected_namespaces=()
     )
-
-
-class _Marker:
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __repr__(self) -> str:
-        return self._name
-
-
-DoesNotChangeResult = _Marker("DoesNotChangeResult")
-"""`Annotated[int, DoesNotChangeResult]`: the field stays out of the artifact's key."""
-
-InputFiles = _Marker("InputFiles")
-"""`Annotated[str, InputFiles]` (or a tuple of them, or None): the field names files or folders
-outside the store; their *content* enters the artifact's key, not their place."""
 
 
 @dataclass(frozen=True, kw_only=True)

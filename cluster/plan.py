@@ -250,7 +250,7 @@ def _is_files(value: Any) -> bool:
 
 def _short(value: Any) -> str:
     if value is _ABSENT:
-        return "nothing"
+        return "(not there)"
     text = canonical_json(value)
     return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 

@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from goldcrest.cluster.markers import DoesNotChangeResult
+
 
 class TrainingConfig(BaseModel):
     """How the engine trains an objective. The learning rate is the peak of its schedule."""
@@ -45,7 +47,9 @@ class TrainingConfig(BaseModel):
     on_nan: Literal["fail", "skip"] = Field(
         "fail", description="a loss that is not finite: stop with an error, or skip the step"
     )
-    max_failures: int = Field(3, ge=0, description="restarts after a lost worker or node")
-    checkpoint_every: Annotated[int, Field(ge=1)] = Field(
-        1, description="epochs between checkpoints inside the step"
+    max_failures: Annotated[int, DoesNotChangeResult] = Field(
+        3, ge=0, description="restarts after a lost worker or node"
+    )
+    checkpoint_every: Annotated[int, DoesNotChangeResult] = Field(
+        1, ge=1, description="epochs between checkpoints inside the step"
     )

@@ -239,3 +239,16 @@ def test_a_damaged_cache_only_costs_time(tmp_path: Path) -> None:
     cache = write(tmp_path / "cache.sqlite", "this is no database, for certain not one" * 50)
     file = write(tmp_path / "a", "1")
     assert Fingerprints(cache).of(file) == Fingerprints(tmp_path / "c").of(file)
+
+
+def test_restarts_and_checkpoints_do_not_enter_the_key_of_a_training() -> None:
+    from goldcrest.cluster.training_config import TrainingConfig
+
+    class Trains(Config):
+        training: TrainingConfig = TrainingConfig()
+
+    base = canonical_config(Trains(), Fingerprints())
+    other = TrainingConfig(max_failures=9, checkpoint_every=7)
+    assert canonical_config(Trains(training=other), Fingerprints()) == base
+    longer = TrainingConfig(epochs=11)
+    assert canonical_config(Trains(training=longer), Fingerprints()) != base

@@ -149,7 +149,7 @@ def test_many_changes_are_cut_short() -> None:
     step = walk(number.bind(ONE), fingerprints=Fingerprints(Path("/nowhere/c")))[0]
     text = plan_module._why(step, before, {})
     assert text.endswith("; and 4 more")
-    assert text.startswith("config `value` changed nothing -> 1")
+    assert text.startswith("config `value` changed (not there) -> 1")
 
 
 def test_the_table_and_its_json(store: Store) -> None:
