@@ -9,11 +9,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
-from dataclasses import fields
-from difflib import get_close_matches
 from types import ModuleType
-from typing import Any
 
 
 def methods() -> tuple[str, ...]:
@@ -30,25 +26,6 @@ def load(method: str) -> ModuleType:
     if method not in methods():
         raise ValueError(f"unknown clustering method '{method}'; there are {', '.join(methods())}")
     return _module(method)
-
-
-def settings(method: str, values: Mapping[str, Any]) -> Any:
-    """`values` (as read from a config) as the method's own `Settings`.
-
-    Raises ValueError for an unknown method, an unknown field (with the nearest name and those
-    allowed) or a value that the settings refuse.
-    """
-    factory = load(method).Settings
-    allowed = [item.name for item in fields(factory)]
-    for name in values:
-        if name not in allowed:
-            near = get_close_matches(name, allowed, 1)
-            guess = f"; did you mean '{near[0]}'?" if near else ""
-            raise ValueError(
-                f"clustering method '{method}' has no setting '{name}'{guess}"
-                f" Allowed: {', '.join(allowed)}"
-            )
-    return factory(**values)
 
 
 def _module(name: str) -> ModuleType:

@@ -32,6 +32,31 @@ def test_what_is_wrong_is_named(method: str, given: dict[str, object], words: st
         methods.complete_method(MARGIN, method, given)
 
 
+@pytest.mark.parametrize(
+    ("family", "method", "given", "words"),
+    [
+        (
+            "clustering",
+            "ahc",
+            {"linkag": "ward"},
+            r"mean 'linkage'.*Allowed: norm, linkage",
+        ),
+        ("sparsity", "sparsegpt", {"dampin": 1}, "did you mean 'damping'"),
+    ],
+)
+def test_every_family_is_checked_alike(
+    family: str, method: str, given: dict[str, object], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        methods.complete_method(f"goldcrest.kernels.{family}", method, given)
+
+
+def test_settings_are_built_from_plain_values() -> None:
+    given = {"mu": 1.2, "hidden": [8, 8], "terms": {"imsat": 1}}
+    found = methods.complete_method("goldcrest.kernels.clustering", "cimc", given)
+    assert (found["mu"], found["hidden"]) == (1.2, [8, 8])
+
+
 def test_methods_are_the_files_with_settings() -> None:
     names = methods.method_names(MARGIN)
     assert {"aam", "am", "ce", "cosface", "adaface", "ocsoftmax"} <= set(names)

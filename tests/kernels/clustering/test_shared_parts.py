@@ -23,16 +23,6 @@ def test_an_unknown_method_names_those_there_are(name: str) -> None:
         clustering.load(name)
 
 
-def test_an_unknown_setting_names_the_nearest_and_those_allowed() -> None:
-    with pytest.raises(ValueError, match=r"did you mean 'linkage'.*Allowed: norm, linkage"):
-        clustering.settings("ahc", {"linkag": "ward"})
-
-
-def test_settings_are_built_from_plain_values() -> None:
-    found = clustering.settings("cimc", {"mu": 1.2, "hidden": [8, 8], "terms": {"imsat": 1}})
-    assert (found.mu, found.hidden) == (1.2, (8, 8))
-
-
 @pytest.mark.parametrize("norm", ["l2", "standard"])
 def test_normalisation(norm) -> None:
     torch.manual_seed(0)

@@ -137,7 +137,7 @@ def test_realised_sparsity_is_exact(method: str, rows: int, columns: int, share:
 @pytest.mark.parametrize("pattern", [(2, 4), (1, 4), (4, 8)])
 def test_pattern_holds_in_every_run(method: str, pattern: tuple[int, int]) -> None:
     weight, hessian = problem(6)
-    setting = sparsity.settings(method, {"pattern": list(pattern)})
+    setting = sparsity.load(method).Settings(pattern=list(pattern))  # JSON gives lists
     pruned, mask = sparsity.load(method).prune(weight, hessian, sparsity=0.0, settings=setting)
     assert masks.follows_pattern(mask, pattern)
     assert float((pruned == 0).double().mean()) == pattern[0] / pattern[1]
@@ -253,7 +253,5 @@ def test_errors_say_what_is_wrong() -> None:
         inverse_factor(hessian * float("nan"))
     with pytest.raises(ValueError, match="unknown pruning method 'sparsgpt'"):
         sparsity.load("sparsgpt")
-    with pytest.raises(ValueError, match="did you mean 'damping'"):
-        sparsity.settings("sparsegpt", {"dampin": 1})
     with pytest.raises(ValueError, match="multiple"):
         sparsegpt.Settings(block=6, pattern=(2, 4))
