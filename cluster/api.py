@@ -100,7 +100,8 @@ def parse_duration(value: str | float | None) -> float | None:
 class Task:
     """A step of work: a function with declared resources and a typed config.
 
-    The function's parameters are the config first, then the input artifacts, then `out: Output`.
+    The function's parameters are the config first, then the input artifacts, then `out: Output`;
+    a last parameter `**name: Artifact` takes any further inputs, by the names that `bind` gives.
     `version` is part of the key: bump it when the same config must give another result.
     """
 
@@ -124,7 +125,9 @@ class Task:
         self.retries = retries
         self.retry_on = retry_on
         self.timeout = timeout
-        parameters = list(inspect.signature(function).parameters)
+        signature = inspect.signature(function).parameters
+        self.open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.values())
+        parameters = [name for name, p in signature.items() if p.kind is not p.VAR_KEYWORD]
         if len(parameters) < 2 or parameters[-1] != "out":
             raise TypeError(f"task {self.name}: write it as (cfg, *inputs, out)")
         self.inputs = tuple(parameters[1:-1])
@@ -163,7 +166,8 @@ class Task:
             raise TypeError(f"task {self.name} takes {len(self.inputs)} inputs {self.inputs}")
         bound = dict(zip(self.inputs, inputs, strict=False))
         for parameter, node in named_inputs.items():
-            if parameter not in self.inputs or parameter in bound:
+            unknown = parameter not in self.inputs and not self.open_ended
+            if unknown or parameter in bound:
                 raise TypeError(f"task {self.name}: unexpected input '{parameter}'")
             bound[parameter] = node
         return dag.bind(self, cfg, bound, name=name, seed=seed, resources=resources)

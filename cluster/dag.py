@@ -85,7 +85,8 @@ def bind(
     overrides = dict(resources or {})
     override_resources(task.resources, overrides, f"task {task.name}")
     bound = {}
-    for parameter in task.inputs:
+    parameters = (*task.inputs, *(name for name in inputs if name not in task.inputs))
+    for parameter in parameters:
         node = inputs.get(parameter)
         if node is None:
             _check_optional(task, parameter, given=parameter in inputs)
@@ -102,14 +103,16 @@ def bind(
         name=name or task.name,
         seed=seed,
         resources=overrides,
-        inputs=task.inputs,
+        inputs=parameters,
     )
     remote: Any = ray.remote(execute_step)
     return remote.options(name=binding.name).bind(binding, **bound)
 
 
 def _check_optional(task: Task, parameter: str, *, given: bool) -> None:
-    """An input that nobody bound must have None as its default."""
+    """An input that nobody bound must have None as its default; further inputs are nodes."""
+    if parameter not in task.inputs:
+        raise TypeError(f"task {task.name}: the further input '{parameter}' is None; leave it out")
     default = inspect.signature(task.function).parameters[parameter].default
     if not given and default is not None:
         raise TypeError(f"task {task.name}: input '{parameter}' is missing")

@@ -9,12 +9,18 @@ on those labels. With `pretrain.labels` the corpus's own speakers are the labels
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Self
 
 from pydantic import Field, model_validator
 
 from goldcrest.cluster import api
 from goldcrest.tasks.speaker.choose_clusters import ChooseClustersConfig, choose_clusters
+from goldcrest.tasks.speaker.choose_labels import (
+    CandidatesConfig,
+    ChooseLabelsConfig,
+    choose_labels,
+)
 from goldcrest.tasks.speaker.cluster import ClusterConfig, cluster
 from goldcrest.tasks.speaker.embed import EmbedConfig, embed
 from goldcrest.tasks.speaker.evaluate import EvaluateConfig, evaluate
@@ -43,6 +49,11 @@ class Config(api.Config):
         ChooseClustersConfig(), description="number of clusters, where it is auto"
     )
     clustering: ClusterConfig = Field(ClusterConfig(), description="pseudo-labels")
+    candidates: CandidatesConfig = Field(
+        CandidatesConfig(),
+        description="variants of `clustering` that are tried; the labels that agree best with a "
+        "reference are taken, without any truth",
+    )
     compare: tuple[ClusterConfig, ...] = Field(
         (), description="other clusterings of the same i-vectors, to compare with"
     )
@@ -71,6 +82,11 @@ class Config(api.Config):
         return self
 
     @model_validator(mode="after")
+    def _candidates_are_settings(self) -> Self:
+        self.candidates.runs(self.clustering)
+        return self
+
+    @model_validator(mode="after")
     def _one_round_of_truth(self) -> Self:
         if self.pretrain.labels and self.rounds > 1:
             raise ValueError("pretrain.labels trains once on true labels: leave rounds at 1")
@@ -83,26 +99,19 @@ def build(cfg: Config) -> list[Any]:
     frames = features.bind(cfg.features, corpus, seed=cfg.seed)
     vectors = ivector.bind(cfg.ivector, frames, name="ivectors", seed=cfg.seed)
     count = None
-    if any(each.clusters == "auto" for each in (cfg.clustering, *cfg.compare)):
+    clusterings = (cfg.clustering, *cfg.compare, cfg.candidates.reference)
+    if any(each.clusters == "auto" for each in clusterings):
         count = choose_clusters.bind(cfg.choice, vectors, seed=cfg.seed)
-
-    def clustered(each: ClusterConfig, found: Any, name: str) -> Any:
-        counted = count if each.clusters == "auto" else None
-        return cluster.bind(each, found, counted, corpus, name=name, seed=cfg.seed)
-
-    compared = [
-        clustered(each, vectors, f"cluster-{each.label or each.method}") for each in cfg.compare
-    ]
+    clusterer = _Clusterer(cfg, corpus, count)
+    compared = [(each, clusterer.one(each, vectors)) for each in cfg.compare]
     if cfg.pretrain.labels:
         labels = true_labels.bind(TrueLabelsConfig(), corpus, name="labels")
     else:
-        labels = clustered(cfg.clustering, vectors, "cluster")
+        labels = clusterer.best(cfg.clustering, vectors, compared)
     dense = pretrain.bind(cfg.pretrain, frames, labels, seed=cfg.seed)
     for number in range(2, cfg.rounds + 1):
         again = embed.bind(cfg.embed, dense, frames, name=f"embed-{number}")
-        label = f"{cfg.clustering.label or cfg.clustering.method}-round-{number}"
-        anew = cfg.clustering.model_copy(update={"label": label})
-        labels = clustered(anew, again, f"cluster-round-{number}")
+        labels = clusterer.best(cfg.clustering, again, [], suffix=f"-round-{number}")
         name = f"pretrain-round-{number}"
         dense = pretrain.bind(cfg.pretrain, frames, labels, name=name, seed=cfg.seed)
     sparse = sparse_finetune.bind(cfg.sparse, dense, frames, labels, name="sparse", seed=cfg.seed)
@@ -110,4 +119,53 @@ def build(cfg: Config) -> list[Any]:
     result = evaluate.bind(
         cfg.evaluate, corpus, frames, vectors, dense, sparse, int8, seed=cfg.seed
     )
-    return [*compared, result]
+    return [*(node for _, node in compared), result]
+
+
+class _Clusterer:
+    """Binds clusterings of one corpus."""
+
+    def __init__(self, cfg: Config, corpus: Any, count: Any) -> None:
+        self.cfg, self.corpus, self.count = cfg, corpus, count
+
+    def one(self, each: ClusterConfig, vectors: Any, name: str = "", seed: int = 0) -> Any:
+        """One clustering; `seed` is added to the run's."""
+        name = name or f"cluster-{each.label or each.method}"
+        counted = self.count if each.clusters == "auto" else None
+        seed += self.cfg.seed
+        return cluster.bind(each, vectors, counted, self.corpus, name=name, seed=seed)
+
+    def best(
+        self,
+        base: ClusterConfig,
+        vectors: Any,
+        compared: Sequence[tuple[ClusterConfig, Any]],
+        suffix: str = "",
+    ) -> Any:
+        """The clustering that is trained on: `base`, or the best of the candidates around it."""
+        candidates = self.cfg.candidates
+        label = (base.label or base.method) + suffix
+        runs = candidates.runs(base)
+        if len(runs) == 1:
+            ((each, seed),) = runs.values()
+            named = each.model_copy(update={"label": label})
+            return self.one(named, vectors, f"cluster{suffix}", seed)
+        tried = {
+            name: self.one(
+                each.model_copy(update={"label": each.label + suffix}),
+                vectors,
+                f"candidate{suffix}-{name}",
+                seed,
+            )
+            for name, (each, seed) in runs.items()
+        }
+        other = candidates.reference.model_copy(update={"clusters": base.clusters})
+        reference = next((node for each, node in compared if each == other), None)
+        return choose_labels.bind(
+            ChooseLabelsConfig(label=label, candidates=candidates),
+            vectors,
+            reference or self.one(other, vectors, f"reference{suffix}"),
+            self.corpus,
+            name=f"cluster{suffix}",
+            **tried,
+        )

@@ -1,8 +1,9 @@
 """Clustering of utterance vectors into pseudo-speakers; one method a file.
 
 A method is a file of this folder that defines `Settings`, `fit` and `predict`; its file name is
-its name, and that is all the registration there is. Parts that methods share (network, neighbours,
-number of clusters, ...) are the files without a `fit`.
+its name, and that is all the registration there is. One that is trained by gradients also says
+`TRAINED = True` and gets a training engine as `train`. Parts that methods share (network,
+neighbours, number of clusters, ...) are the files without a `fit`.
 """
 
 from __future__ import annotations

@@ -50,6 +50,8 @@ from goldcrest.kernels.clustering.terms.supcon import AnchorMean, supcon_loss
 from goldcrest.kernels.clustering.terms.vat import adversarial_perturbation
 from goldcrest.kernels.metrics.clustering import supervised_metrics
 
+TRAINED = True
+
 TERMS = ("imsat", "mixup", "supcon", "aug", "infonce", "vicreg_inv", "vicreg_var", "vicreg_cov")
 """Names of the terms. `aug` and `infonce` need augmented copies of the vectors."""
 
@@ -381,7 +383,7 @@ def fit(
         shapes = f"{tuple(augmented.shape)} for vectors {tuple(x.shape)}"
         raise ValueError(f"cimc: augmented copies must be (J, N, D), got {shapes}")
     norm = fit_norm(x, settings.norm)
-    x = apply_norm(norm, x)
+    raw, x = x, apply_norm(norm, x)
     if augmented is not None:
         augmented = torch.stack([apply_norm(norm, copy) for copy in augmented])
     radius = radii(x, settings, seed=seed)
@@ -389,7 +391,7 @@ def fit(
     network = _network(trained.model_state)
     set_population_statistics(network, x)
     model = dict(norm) | {f"network.{name}": value for name, value in network.state_dict().items()}
-    return Clustering(labels=predict(model, x), history=list(trained.history), model=model)
+    return Clustering(labels=predict(model, raw), history=list(trained.history), model=model)
 
 
 def _network(state: Mapping[str, Tensor]) -> Mlp:

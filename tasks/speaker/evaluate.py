@@ -15,9 +15,7 @@ from __future__ import annotations
 import functools
 import statistics
 import time
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,7 +29,6 @@ from goldcrest.cluster.api import (
     Artifact,
     Config,
     DoesNotChangeResult,
-    InputError,
     InputFiles,
     Output,
     task,
@@ -39,6 +36,7 @@ from goldcrest.cluster.api import (
 from goldcrest.tasks.data import audio
 from goldcrest.tasks.data.frames import FrameReader
 from goldcrest.tasks.speaker.embed import embed_rows
+from goldcrest.tasks.speaker.trials import TrialSet, drawn_trials, given_trials
 from goldcrest.tasks.speaker.vectors import facts_by_id
 
 COSTS = (0.01, 0.05)  # target priors of the reported minDCF
@@ -48,7 +46,9 @@ class EvaluateConfig(Config):
     """Trials, intervals and timing."""
 
     trials: Annotated[str | None, InputFiles] = Field(
-        None, description="trial list, lines `label utterance utterance`; None: drawn from labels"
+        None,
+        description="trial list, lines `label utterance utterance` (1: same speaker; see "
+        "tasks/speaker/trials.py); None: drawn from labels",
     )
     max_targets: int = Field(4_000, ge=1, description="target trials per corpus at most")
     max_nontargets: int = Field(4_000, ge=1, description="non-target trials per corpus at most")
@@ -64,17 +64,6 @@ class EvaluateConfig(Config):
     shard_utterances: Annotated[int, DoesNotChangeResult] = Field(
         500, ge=1, description="utterances per piece of work"
     )
-
-
-@dataclass(frozen=True)
-class TrialSet:
-    """K trials over the utterances `ids`: indices (K,), target (K,) bool, corpus (K,)."""
-
-    ids: list[str]
-    first: np.ndarray
-    second: np.ndarray
-    target: np.ndarray
-    corpus: np.ndarray
 
 
 @task(cpus=0, timeout="12h")
@@ -107,61 +96,9 @@ def evaluate(
 
 def _trials(cfg: EvaluateConfig, corpus: Artifact, split: str, out: Output) -> TrialSet | None:
     if cfg.trials is not None:
-        return _given_trials(Path(cfg.trials), corpus) if split == "eval" else None
-    from goldcrest.kernels.metrics.trials import make_trials
-
-    facts = corpus.table("facts")
-    facts = facts.filter(pc.and_(pc.equal(facts["split"], split), pc.is_valid(facts["speaker"])))
-    if facts.num_rows < 2:
-        out.metrics(notes={f"{split}_trials": "there are no labelled utterances"})
-        return None
-    try:
-        made = make_trials(
-            facts["speaker"].to_pylist(),
-            facts["corpus"].to_pylist(),
-            facts["sex"].to_pylist(),
-            max_targets=cfg.max_targets,
-            max_nontargets=cfg.max_nontargets,
-            seed=out.seed,
-        )
-    except ValueError as reason:
-        out.metrics(notes={f"{split}_trials": str(reason)})
-        return None
-    if made.left_out:
-        out.metrics(notes={f"{split}_left_out": dict(made.left_out)})
-    return TrialSet(facts["id"].to_pylist(), made.first, made.second, made.target, made.corpus)
-
-
-def _given_trials(path: Path, corpus: Artifact) -> TrialSet:
-    """Read a trial list; utterances by id, or by id without the corpus where that is unique."""
-    facts = corpus.table("facts", ["id", "corpus", "split"])
-    ids, splits = facts["id"].to_pylist(), facts["split"].to_pylist()
-    place = {name: number for number, name in enumerate(ids)}
-    short = Counter(name.partition("/")[2] for name in ids)
-    for number, name in enumerate(ids):
-        if short[name.partition("/")[2]] == 1:
-            place.setdefault(name.partition("/")[2], number)
-    rows = []
-    for line_number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        parts = line.split()
-        if len(parts) != 3 or parts[0] not in ("0", "1"):
-            raise InputError(f"{path}:{line_number}: a trial is `label utterance utterance`")
-        for name in parts[1:]:
-            if name not in place:
-                raise InputError(f"{path}:{line_number}: utterance '{name}' is not in the corpora")
-            if splits[place[name]] != "eval":
-                raise InputError(
-                    f"{path}:{line_number}: utterance '{name}' was trained on",
-                    hint="give the speech of the trial list with --eval-corpus",
-                )
-        rows.append((parts[0] == "1", place[parts[1]], place[parts[2]]))
-    if not rows or len({row[0] for row in rows}) < 2:
-        raise InputError(f"{path} needs target (1) and non-target (0) trials")
-    target, first, second = (np.array(column) for column in zip(*rows, strict=True))
-    corpora = np.array(facts["corpus"].to_pylist())
-    return TrialSet(ids, first, second, target, corpora[first])
+        return given_trials(Path(cfg.trials), corpus, out) if split == "eval" else None
+    limits = {"max_targets": cfg.max_targets, "max_nontargets": cfg.max_nontargets}
+    return drawn_trials(corpus, split, **limits, out=out)
 
 
 def _score(
@@ -176,28 +113,28 @@ def _score(
     from goldcrest.kernels.speaker import asnorm, scoring
 
     def cosine(matrix: np.ndarray) -> np.ndarray:
+        """Cosines (K,) of the vectors (M, D) of the recordings."""
         return scoring.cosine_scores(matrix, trials.first, trials.second)
 
+    utterances = trials.utterances
     scores = {
-        "meanstd": cosine(_lookup(ivectors, "baseline", "meanstd", trials.ids)),
-        "ivector": cosine(_lookup(ivectors, "vectors", "vector", trials.ids)),
+        "meanstd": cosine(trials.pool(_lookup(ivectors, "baseline", "meanstd", utterances))),
+        "ivector": cosine(trials.pool(_lookup(ivectors, "vectors", "vector", utterances))),
     }
     plain: dict[str, np.ndarray] = {}
     reader = FrameReader(features.file("fbank.arrow"))
     rows = reader.rows()
-    used = np.unique(np.concatenate([trials.first, trials.second]))
-    wanted = np.array([rows[trials.ids[int(place)]] for place in used])
-    cohort = _cohort(features, reader, cfg.cohort, set(trials.ids), out.seed)
+    wanted = np.array([rows[name] for name in utterances])
+    cohort = _cohort(features, reader, cfg.cohort, set(utterances), out.seed)
     for name, artifact in bundles.items():
         vectors = _embed(cfg, artifact, reader, np.concatenate([wanted, cohort]), name, out)
-        full = np.zeros((len(trials.ids), vectors.shape[1]), np.float32)
-        full[used] = vectors[: len(used)]
-        scores[name] = cosine(full)
+        tested = trials.pool(vectors[: len(wanted)])
+        scores[name] = cosine(tested)
         if len(cohort) > 1:
             plain[name] = scores[name]
             scores[name] = asnorm.asnorm_scores(
-                full,
-                vectors[len(used) :],
+                tested,
+                vectors[len(wanted) :],
                 trials.first,
                 trials.second,
                 asnorm.Settings(top=cfg.cohort_top),
@@ -262,7 +199,12 @@ def _report(
     from goldcrest.kernels.metrics import verification as metrics
 
     speaker_of = facts_by_id(corpus, "speaker")
-    names = np.array([speaker_of.get(name) or name for name in trials.ids])
+    names = np.array(
+        [
+            speaker_of.get(parts[0]) or name
+            for name, parts in zip(trials.names, trials.segments, strict=True)
+        ]
+    )
     speakers = (names[trials.first], names[trials.second])
     found: dict[str, Any] = {}
     calibration: dict[str, Any] = {}
@@ -294,8 +236,8 @@ def _report(
     out.metrics(**{section: found})
     out.json(f"calibration_{section}", calibration)
     columns: dict[str, Any] = {
-        "first": [trials.ids[int(place)] for place in trials.first],
-        "second": [trials.ids[int(place)] for place in trials.second],
+        "first": [trials.names[int(place)] for place in trials.first],
+        "second": [trials.names[int(place)] for place in trials.second],
         "target": pa.array(trials.target),
         "corpus": trials.corpus.tolist(),
     }

@@ -56,6 +56,12 @@ def number(cfg: NumberConfig, out: Output) -> None:
 
 
 @task(cpus=0.5)
+def total(cfg: NumberConfig, first: Artifact, out: Output, **further: Artifact) -> None:
+    """Add the numbers of all inputs to the own one."""
+    out.json("number", cfg.value + sum(a.json("number") for a in (first, *further.values())))
+
+
+@task(cpus=0.5)
 def add(cfg: NumberConfig, left: Artifact, right: Artifact | None = None, *, out: Output) -> None:
     """Add the numbers of the inputs to the own one."""
     out.log(epoch=0.0, loss=1.0)

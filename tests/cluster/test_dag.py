@@ -19,6 +19,7 @@ from tests.cluster.engine_steps import (
     add,
     number,
     read_files,
+    total,
 )
 
 ONE = NumberConfig(value=1)
@@ -102,6 +103,17 @@ def test_resources_come_from_the_decorator_the_binding_and_the_profile() -> None
 def test_wrong_bindings_are_refused(call: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def test_a_task_may_take_further_inputs_by_name() -> None:
+    one, two = number.bind(ONE), number.bind(NumberConfig(value=2), name="two")
+    end = steps_of(total.bind(ONE, one, b=two, a=one))["total"]
+    assert end.inputs == {"first": "number", "b": "two", "a": "number"}
+    assert end.key == steps_of(total.bind(ONE, one, a=one, b=two))["total"].key
+    assert end.key != steps_of(total.bind(ONE, one, a=two, b=one))["total"].key
+    assert end.key != steps_of(total.bind(ONE, one, b=two))["total"].key
+    with pytest.raises(TypeError, match="further input 'b' is None"):
+        total.bind(ONE, one, b=None)
 
 
 def test_two_steps_of_one_name_are_refused() -> None:

@@ -30,6 +30,7 @@ SMALL = {
         "settings": {"hidden": [16]},
         "training": {"epochs": 2, "batch_size": 12, "optimizer": "sgd"},
     },
+    "candidates": {"changes": [{}, {"mu": 1.5}], "reference": {"method": "kmeans"}},
     "compare": [{"method": "kmeans", "clusters": 4}],
     "pretrain": {
         "crop_frames": [40, 60],

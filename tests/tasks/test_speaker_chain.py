@@ -21,16 +21,23 @@ from goldcrest.tasks.speaker.bundle import (
     read_description,
 )
 from goldcrest.tasks.speaker.choose_clusters import ChooseClustersConfig, choose_clusters
-from goldcrest.tasks.speaker.cluster import ClusterConfig, cluster, compact
+from goldcrest.tasks.speaker.choose_labels import (
+    CandidatesConfig,
+    ChooseLabelsConfig,
+    choose_labels,
+)
+from goldcrest.tasks.speaker.cluster import ClusterConfig, cluster
 from goldcrest.tasks.speaker.embed import EmbedConfig, embed
 from goldcrest.tasks.speaker.evaluate import EvaluateConfig, evaluate
 from goldcrest.tasks.speaker.features import FeatureConfig, features
 from goldcrest.tasks.speaker.frontend import FrontEnd, FrontEndConfig
 from goldcrest.tasks.speaker.ivector import IvectorConfig, ivector
+from goldcrest.tasks.speaker.labels import compact
 from goldcrest.tasks.speaker.prepare import PrepareConfig, prepare
 from goldcrest.tasks.speaker.pretrain import PretrainConfig, pretrain
 from goldcrest.tasks.speaker.quantize import QuantizeConfig, quantize
 from goldcrest.tasks.speaker.sparse_finetune import SparseConfig, sparse_finetune
+from goldcrest.tasks.speaker.trials import given_trials
 from goldcrest.tasks.speaker.true_labels import TrueLabelsConfig, true_labels
 from goldcrest.tasks.speaker.vectors import read_vectors
 
@@ -229,20 +236,38 @@ def test_the_number_of_clusters_can_be_chosen(chain: dict[str, Artifact], run_ta
 
 
 def test_candidates_are_chosen_without_labels(chain: dict[str, Artifact], run_task) -> None:
-    cfg = ClusterConfig(
+    base = ClusterConfig(
         clusters=4,
         settings={"hidden": [16], "terms": {"imsat": 1.0}},
-        candidates=({"mu": 1.0}, {"mu": 4.0}),
-        candidate_seeds=2,
         training={"epochs": 3, "batch_size": 12, "optimizer": "adam", "learning_rate": 0.01},
     )
-    made = run_task(cluster, cfg, chain["ivectors"], None, None)
-    tried = made.json("selection")
-    assert [row["change"] for row in tried] == [{"mu": 1.0}, {"mu": 4.0}]
-    (chosen,) = (row for row in tried if row["chosen"])
-    assert chosen["agreement"] == max(row["agreement"] for row in tried)
+    candidates = CandidatesConfig(changes=({"mu": 1.0}, {"mu": 4.0}), seeds=2)
+    runs = candidates.runs(base)
+    assert list(runs) == ["0_0", "0_1", "1_0", "1_1"]
+    assert [each.settings["mu"] for each, _ in runs.values()] == [1.0, 1.0, 4.0, 4.0]
+    tried = {
+        name: run_task(cluster, each, chain["ivectors"], None, None, seed=seed)
+        for name, (each, seed) in runs.items()
+    }
+    cfg = ChooseLabelsConfig(label="cimc", candidates=candidates)
+    blind, seeing = (
+        run_task(choose_labels, cfg, chain["ivectors"], chain["kmeans"], corpus, **tried)
+        for corpus in (None, chain["corpus"])
+    )
+    assert blind.table("labels").equals(seeing.table("labels"))  # truth changes no choice
+    rows = blind.json("selection")
+    assert [row["change"] for row in rows] == [{"mu": 1.0}, {"mu": 4.0}]
+    (chosen,) = (row for row in rows if row["chosen"])
+    assert chosen["agreement"] == max(row["agreement"] for row in rows)
+    number = rows.index(chosen)
+    assert any(
+        blind.table("labels").equals(tried[f"{number}_{seed}"].table("labels")) for seed in (0, 1)
+    )
+    assert "ami" not in rows[0] and "nmi" not in blind.metrics["clustering"]["cimc"]
+    assert "nmi" in seeing.metrics["clustering"]["cimc"]
+    assert {"ami"} < set(seeing.json("selection")[0])
     with pytest.raises(ValueError, match="nu"):
-        ClusterConfig(settings={"hidden": [16]}, candidates=({"nu": 1.0},))
+        CandidatesConfig(changes=({"nu": 1.0},)).runs(base)
 
 
 def test_compact_labels_have_no_gaps() -> None:
@@ -371,6 +396,54 @@ def test_a_given_trial_list(chain: dict[str, Artifact], run_task, tmp_path: Path
         path.write_text(text)
         with pytest.raises(InputError, match=words):
             run_task(evaluate, cfg, *inputs, None, None)
+
+
+def test_a_list_names_recordings_that_were_cut_or_quarantined(
+    run_task, speech_folder: Path, tmp_path: Path
+) -> None:
+    (speech_folder / "speaker0" / "broken.wav").write_bytes(b"RIFF")
+    train = tmp_path / "train"
+    shutil.copytree(speech_folder / "speaker3", train / "speaker3")
+    shutil.rmtree(speech_folder / "speaker3")
+    cfg = PrepareConfig(
+        paths=(str(train),),
+        eval_paths=(str(speech_folder),),
+        segment_seconds=1.3,
+        max_bad_share=1.0,
+    )
+    corpus = run_task(prepare, cfg)
+    path = tmp_path / "trials.txt"
+    path.write_text(
+        "1 speaker0/take0.wav speaker0/take1.wav\n0 corpus/speaker0/take2.wav speaker1/take0.wav\n"
+        "1 speaker0/broken.wav speaker0/take0.wav\n"
+    )
+
+    class Notes:
+        """Collects what is noted."""
+
+        notes: dict[str, str]
+
+        def metrics(self, *, notes: dict[str, str]) -> None:
+            self.notes = notes
+
+    out = Notes()
+    trials = given_trials(path, corpus, out)  # type: ignore[arg-type]
+    assert trials.target.tolist() == [True, False]
+    assert "1 trials" in out.notes["eval_left_out"]
+    cut = trials.segments[trials.names.index("corpus/speaker0/take1.wav")]
+    assert cut == ("corpus/speaker0/take1.wav#000", "corpus/speaker0/take1.wav#001")
+    vectors = np.random.default_rng(0).normal(size=(len(trials.utterances), 3))
+    pooled = trials.pool(vectors)
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    place = trials.names.index("corpus/speaker0/take1.wav")
+    rows = [trials.utterances.index(name) for name in cut]
+    assert np.allclose(pooled[place], unit[rows].mean(0), atol=1e-6)
+    path.write_text("1 speaker3/take0.wav speaker3/take1.wav\n")
+    with pytest.raises(InputError, match=r"trials\.txt:1: .*was trained on"):
+        given_trials(path, corpus, out)  # type: ignore[arg-type]
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="can't be read"):
+        given_trials(path, corpus, out)  # type: ignore[arg-type]
 
 
 def relabelled(corpus: Artifact, name: str, speaker: str | None) -> Artifact:
