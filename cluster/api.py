@@ -69,7 +69,8 @@ class Config(BaseModel):
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What one step asks of the node that runs it.
+    """What one step asks of the node that runs it; for a step that only hands out work (`cpus=0`),
+    what each of its workers asks (cluster/placement.py).
 
     `cpus` and `gpus` are counts (fractions allowed), `memory` is bytes, `accelerator` is a Ray
     accelerator type such as "A100", `custom` are Ray custom resources, `labels` Ray node labels.

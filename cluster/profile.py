@@ -6,7 +6,8 @@ GPU machine, and on a cluster where CPU steps go to CPU nodes and training to GP
     ray:                          # arguments of ray.init
       address: local              # local: start one here; auto: join the one that runs here
       object_store_memory: 200MB
-    steps:                        # patterns of step names -> fields of Resources; later ones win
+    steps:                        # patterns of step names -> fields of Resources; later ones win;
+                                  # a step that only hands out work passes them to its workers
       "pretrain*": {cpus: 4, gpus: 1, accelerator: A100}
     autoscaler: []                # kinds of nodes that may still be added, e.g. {cpus: 8, gpus: 1}
 """
@@ -23,6 +24,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from goldcrest.cluster.api import Resources
 from goldcrest.cluster.dag import Step
 from goldcrest.cluster.errors import InputError
+from goldcrest.cluster.placement import asked
 
 _BYTES = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)\s*$", re.IGNORECASE)
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
@@ -195,29 +197,17 @@ def check_placement(steps: Sequence[Step], nodes: Sequence[NodeKind], profile: P
     """
     offered = [*nodes, *profile.autoscaler]
     for step in steps:
-        shortages = [lacking(step.resources, node) for node in offered]
-        if not all(shortages):
-            continue
-        least = min(shortages, key=len, default=["a node"])
-        raise InputError(
-            f"step '{step.name}' asks for {' and '.join(least)}: no node of '{profile.name}' "
-            "can run it",
-            hint="choose another cluster profile, or ask for less under steps: in this one",
-        )
-
-
-def task_options(wanted: Resources) -> dict[str, Any]:
-    """Ray's `.options(...)` for these resources."""
-    options: dict[str, Any] = {"num_cpus": wanted.cpus, "num_gpus": wanted.gpus}
-    if wanted.memory is not None:
-        options["memory"] = wanted.memory
-    if wanted.accelerator is not None:
-        options["accelerator_type"] = wanted.accelerator
-    if wanted.custom:
-        options["resources"] = dict(wanted.custom)
-    if wanted.labels:
-        options["label_selector"] = dict(wanted.labels)
-    return options
+        for wanted in asked(step):
+            shortages = [lacking(wanted, node) for node in offered]
+            if not all(shortages):
+                continue
+            least = min(shortages, key=len, default=["a node"])
+            raise InputError(
+                f"step '{step.name}' asks for {' and '.join(least)}: no node of '{profile.name}' "
+                "can run it",
+                hint="choose another cluster profile, or ask for less under steps: in this one or "
+                "in the step's config",
+            )
 
 
 def attach(profile: Profile) -> Literal["attached", "joined", "started"]:

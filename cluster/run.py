@@ -31,8 +31,9 @@ from goldcrest.cluster.events import (
     StepResult,
     StepState,
 )
+from goldcrest.cluster.placement import own_resources, task_options
 from goldcrest.cluster.plan import Plan, PlannedStep, make_plan
-from goldcrest.cluster.profile import Profile, attach, check_placement, running_nodes, task_options
+from goldcrest.cluster.profile import Profile, attach, check_placement, running_nodes
 from goldcrest.cluster.run_record import (
     EventFile,
     Notifier,
@@ -180,7 +181,7 @@ class _Driver:
             step = planned.step
             upstream = [self._references[n] for n in step.upstream if n in self._references]
             options = {
-                **task_options(step.resources),
+                **task_options(own_resources(step)),
                 "name": step.name,
                 "max_retries": step.task.retries,
                 "retry_exceptions": list(step.task.retry_on) or False,

@@ -25,9 +25,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from goldcrest.cluster.api import Objective, Trained
+from goldcrest.cluster.api import Objective, Resources, Trained
 from goldcrest.cluster.artifact import Output
 from goldcrest.cluster.errors import StepError
+from goldcrest.cluster.placement import for_call, for_training, task_options
 from goldcrest.cluster.training_config import TrainingConfig
 
 if TYPE_CHECKING:
@@ -88,11 +89,13 @@ class LocalRuntime:
 class RayRuntime:
     """Fan-out on the Ray cluster that this process belongs to.
 
-    `held_cpus` are the CPU cores that the step itself holds while it waits for its fan-out.
+    `held_cpus` are the CPU cores that the step itself holds while it waits for its fan-out,
+    `workers` is what a cluster profile gives to each of its workers.
     """
 
-    def __init__(self, *, held_cpus: float = 0.0) -> None:
+    def __init__(self, *, held_cpus: float = 0.0, workers: Resources | None = None) -> None:
         self._held_cpus = held_cpus
+        self._workers = workers or Resources(cpus=0.0)
 
     def map(
         self,
@@ -109,11 +112,11 @@ class RayRuntime:
         """
         import ray
 
-        self._check_room(cpus, gpus, "map")
+        wanted = self._room_for(cpus, gpus, "map")
+        cpus = wanted.cpus
         call = ray.remote(_call).options(
+            **task_options(wanted),
             name=note or getattr(function, "__name__", "map"),
-            num_cpus=cpus,
-            num_gpus=gpus,
             max_retries=_TASK_RETRIES,
         )
         shared = ray.put(function)
@@ -150,15 +153,14 @@ class RayRuntime:
         """
         import pyarrow as pa
 
-        self._check_room(cpus, gpus, "stream")
+        wanted = self._room_for(cpus, gpus, "stream")
         pieces = cut(shards, workers, batch_rows)
         if not pieces:
             return
         dataset = _pipeline(
             pieces,
-            {"transform": transform, "arguments": dict(arguments), "cpus": cpus},
-            cpus=cpus,
-            gpus=gpus,
+            {"transform": transform, "arguments": dict(arguments), "cpus": wanted.cpus},
+            wanted,
             workers=min(workers, len(pieces)),
         )
         try:
@@ -173,20 +175,24 @@ class RayRuntime:
         """The training engine on Ray Train workers."""
         from goldcrest.cluster.training import train_on_ray
 
-        self._check_room(config.cpus_per_worker, config.gpus_per_worker, "train")
+        placed = for_training(self._workers, config)
+        wanted = self._room_for(placed.cpus_per_worker, placed.gpus_per_worker, "train")
         return train_on_ray(
             objective,
-            config,
+            placed,
+            wanted=wanted,
             scratch=out.scratch,
             seed=out.seed,
             on_log=lambda row: out.log(**row),
             on_progress=out.progress,
         )
 
-    def _check_room(self, cpus: float, gpus: float, what: str) -> None:
-        """Refuse work that would wait for ever: Ray itself would only wait."""
+    def _room_for(self, cpus: float, gpus: float, what: str) -> Resources:
+        """What each worker asks for; work that would wait for ever is refused (Ray only waits)."""
         import ray
 
+        wanted = for_call(self._workers, cpus=cpus, gpus=gpus)
+        cpus = wanted.cpus
         total = ray.cluster_resources()
         free = total.get("CPU", 0.0) - self._held_cpus
         if cpus > free:
@@ -201,6 +207,7 @@ class RayRuntime:
                 f"{total.get('GPU', 0.0):g}",
                 hint="set the config's number of GPUs to 0, or use a cluster with GPUs",
             )
+        return wanted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,9 +283,8 @@ def cut(shards: Sequence[Path], workers: int, batch_rows: int) -> list[Piece]:
 def _pipeline(
     pieces: Sequence[Piece],
     constructor: Mapping[str, Any],
+    wanted: Resources,
     *,
-    cpus: float,
-    gpus: float,
     workers: int,
 ) -> ray.data.Dataset:
     """A Ray Data pipeline: one row per piece in, one row per batch out."""
@@ -299,8 +305,7 @@ def _pipeline(
             fn_constructor_kwargs={"pieces": list(pieces), **constructor},
             batch_size=1,
             batch_format="pyarrow",
-            num_cpus=cpus,
-            num_gpus=gpus or None,
+            **task_options(wanted),
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers),
             max_restarts=_ACTOR_RESTARTS,
             max_task_retries=_ACTOR_RESTARTS,

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from goldcrest.cluster.api import Trained
+from goldcrest.cluster.api import Resources, Trained
 from goldcrest.cluster.errors import StepError
 from goldcrest.cluster.training_config import TrainingConfig
 
@@ -130,12 +130,14 @@ def train_on_ray(
     seed: int,
     on_log: OnLog | None = None,
     on_progress: OnProgress | None = None,
+    wanted: Resources | None = None,
 ) -> Trained:
     """Train with Ray Train on `config.workers` workers; same contract as `train_local`.
 
     `scratch` must be a folder that every node sees under the same path. A lost worker or node
     restarts the group from the last checkpoint, at most `config.max_failures` times; an error in
-    the objective is not repeated.
+    the objective is not repeated. `wanted` is what each worker asks of its node beside the
+    config's cores and GPUs: memory, accelerator type, custom resources, labels.
     """
     from goldcrest.cluster.training_ray import fit
 
@@ -143,5 +145,5 @@ def train_on_ray(
     done = finished(config, scratch, reporter)
     if done is not None:
         return done
-    fit(objective, config, scratch=scratch, seed=seed, reporter=reporter)
+    fit(objective, config, wanted or Resources(), scratch=scratch, seed=seed, reporter=reporter)
     return result(config, scratch, reporter)

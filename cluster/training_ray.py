@@ -35,7 +35,7 @@ from goldcrest.cluster.training_config import TrainingConfig
 if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
 
-    from goldcrest.cluster.api import Objective
+    from goldcrest.cluster.api import Objective, Resources
     from goldcrest.cluster.training import CallbackReporter
 
 _STATUS = "status.json"
@@ -219,9 +219,20 @@ def _ray_train_settings() -> Iterator[None]:
             del os.environ[name]
 
 
+def _per_worker(config: TrainingConfig, wanted: Resources) -> dict[str, float]:
+    """Ray's resources of one worker."""
+    resources = {"CPU": config.cpus_per_worker, **wanted.custom}
+    if config.gpus_per_worker:
+        resources["GPU"] = config.gpus_per_worker
+    if wanted.memory is not None:
+        resources["memory"] = wanted.memory
+    return resources
+
+
 def fit(
     objective: Objective,
     config: TrainingConfig,
+    wanted: Resources,
     *,
     scratch: Path,
     seed: int,
@@ -234,14 +245,18 @@ def fit(
     scratch.mkdir(parents=True, exist_ok=True)
     attempt = uuid.uuid4().hex
     gpu = config.gpus_per_worker > 0
-    resources = {"CPU": config.cpus_per_worker} | ({"GPU": config.gpus_per_worker} if gpu else {})
     job = {"objective": objective, "config": config, "scratch": str(scratch.resolve())}
+    labels: dict[str, Any] = {"label_selector": dict(wanted.labels)} if wanted.labels else {}
     trainer = _trainer_class()(
         _work,
         train_loop_config=job | {"seed": seed, "attempt": attempt},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=config.workers, use_gpu=gpu, resources_per_worker=resources
+            num_workers=config.workers,
+            use_gpu=gpu,
+            resources_per_worker=_per_worker(config, wanted),
+            accelerator_type=wanted.accelerator if gpu else None,
+            **labels,
         ),
         run_config=RunConfig(
             name="ray-train",

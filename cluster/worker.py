@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from goldcrest.cluster.artifact import Artifact, Output
 from goldcrest.cluster.errors import GoldcrestError, StepError, StoreError
 from goldcrest.cluster.masking import mask_secrets
+from goldcrest.cluster.placement import own_resources, worker_resources
 from goldcrest.cluster.runtime import RayRuntime, limit_threads, seed_everything
 from goldcrest.cluster.source_hash import source_hash
 
@@ -126,13 +127,14 @@ def _find_or_make(step: Step, context: RunContext, teller: Teller) -> Outcome:
 def _make(step: Step, context: RunContext, store: Store, lease: Lease, teller: Teller) -> float:
     """Run the task and commit what it wrote; returns the seconds of the task itself."""
     inputs = {name: _input(step, store, name) for name in step.inputs}
-    limit_threads(step.resources.cpus)
+    own = own_resources(step)
+    limit_threads(own.cpus)
     seed_everything(step.seed)
     folder = store.begin(step.key, lease)
     try:
         out = Output(
             folder,
-            runtime=RayRuntime(held_cpus=step.resources.cpus),
+            runtime=RayRuntime(held_cpus=own.cpus, workers=worker_resources(step)),
             seed=step.seed,
             scratch=store.scratch(step.key),
             on_progress=teller.progress,

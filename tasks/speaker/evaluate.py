@@ -199,40 +199,17 @@ def _report(
     from goldcrest.kernels.metrics import verification as metrics
 
     speaker_of = facts_by_id(corpus, "speaker")
-    names = np.array(
-        [
-            speaker_of.get(parts[0]) or name
-            for name, parts in zip(trials.names, trials.segments, strict=True)
-        ]
-    )
+    names = np.array([speaker_of.get(parts[0]) or parts[0] for parts in trials.segments])
     speakers = (names[trials.first], names[trials.second])
-    found: dict[str, Any] = {}
-    calibration: dict[str, Any] = {}
-    for system, values in scores.items():
-        interval = metrics.bootstrap_eer(
-            values, trials.target, speakers, replicates=cfg.bootstrap, seed=out.seed
-        )
-        found[system] = {
-            "eer": 100.0 * metrics.equal_error_rate(values, trials.target),
-            "eer_ci": [100.0 * interval.low, 100.0 * interval.high],
-            **{
-                f"min_dcf_{prior}": metrics.min_dcf(values, trials.target, prior) for prior in COSTS
-            },
-            "trials": len(values),
-            "eer_by_corpus": {
-                str(name): 100.0
-                * metrics.equal_error_rate(
-                    values[trials.corpus == name], trials.target[trials.corpus == name]
-                )
-                for name in np.unique(trials.corpus)
-                if len(np.unique(trials.target[trials.corpus == name])) == 2
-            },
-        }
-        if system in plain:
-            found[system]["eer_cosine"] = 100.0 * metrics.equal_error_rate(
-                plain[system], trials.target
-            )
-        calibration[system] = thresholds(values, trials.target)
+    measure = functools.partial(
+        system_metrics, trials=trials, speakers=speakers, replicates=cfg.bootstrap, seed=out.seed
+    )
+    systems = list(scores)
+    figures = out.runtime.map(measure, [scores[name] for name in systems], note="error rates")
+    found: dict[str, Any] = dict(zip(systems, figures, strict=True))
+    for system, values in plain.items():
+        found[system]["eer_cosine"] = 100.0 * metrics.equal_error_rate(values, trials.target)
+    calibration = {name: thresholds(values, trials.target) for name, values in scores.items()}
     out.metrics(**{section: found})
     out.json(f"calibration_{section}", calibration)
     columns: dict[str, Any] = {
@@ -244,6 +221,36 @@ def _report(
     out.table(f"scores_{section}", columns | {name: scores[name] for name in scores})
     out.figure(f"det_{section}", det_figure(scores, trials.target))
     out.figure(f"scores_{section}", score_figure(scores, trials.target))
+
+
+def system_metrics(
+    scores: np.ndarray,
+    *,
+    trials: TrialSet,
+    speakers: tuple[np.ndarray, np.ndarray],
+    replicates: int,
+    seed: int,
+) -> dict[str, Any]:
+    """EER (%) with its interval and by corpus, and minDCF, of scores (K,) of the trials.
+
+    `speakers` are the speakers of the first and second sides, (K,) each, for the bootstrap.
+    """
+    from goldcrest.kernels.metrics import verification as metrics
+
+    target = trials.target
+    interval = metrics.bootstrap_eer(scores, target, speakers, replicates=replicates, seed=seed)
+    by_corpus = {}
+    for name in np.unique(trials.corpus):
+        here = trials.corpus == name
+        if len(np.unique(target[here])) == 2:
+            by_corpus[str(name)] = 100.0 * metrics.equal_error_rate(scores[here], target[here])
+    return {
+        "eer": 100.0 * metrics.equal_error_rate(scores, target),
+        "eer_ci": [100.0 * interval.low, 100.0 * interval.high],
+        **{f"min_dcf_{prior}": metrics.min_dcf(scores, target, prior) for prior in COSTS},
+        "trials": len(scores),
+        "eer_by_corpus": by_corpus,
+    }
 
 
 def thresholds(scores: np.ndarray, target: np.ndarray) -> dict[str, float]:
@@ -310,12 +317,28 @@ def _measure_bundles(
     cfg: EvaluateConfig, corpus: Artifact, bundles: Mapping[str, Artifact], out: Output
 ) -> None:
     """Size (facts) and speed on one thread (measurements), from waveform to embedding."""
+    from goldcrest.tasks.speaker.bundle import bundle_bytes, read_description
+
+    for name, artifact in bundles.items():
+        facts = read_description(artifact.path)
+        sizes = {key: facts[key] for key in ("parameters", "sparsity")}
+        out.metrics(models={name: {"bytes": bundle_bytes(artifact.path), **sizes}})
+    folders = {name: artifact.path for name, artifact in bundles.items()}
+    waveforms = _some_waveforms(corpus, cfg.timed_utterances)
+    time_all = functools.partial(time_bundles, waveforms=waveforms)
+    (times,) = out.runtime.map(time_all, [folders], note="latency")
+    out.measure(models=times)
+
+
+def time_bundles(
+    folders: Mapping[str, Path], *, waveforms: list[np.ndarray]
+) -> dict[str, dict[str, float]]:
+    """Real-time factor and median milliseconds per utterance of each bundle, on one thread."""
     import torch
 
-    from goldcrest.tasks.speaker.bundle import bundle_bytes, load_bundle, read_description
+    from goldcrest.tasks.speaker.bundle import load_bundle
 
-    models = {name: load_bundle(artifact.path) for name, artifact in bundles.items()}
-    waveforms = _some_waveforms(corpus, cfg.timed_utterances)
+    models = {name: load_bundle(folder) for name, folder in folders.items()}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     spent: dict[str, list[float]] = {name: [] for name in models}
@@ -329,15 +352,13 @@ def _measure_bundles(
     finally:
         torch.set_num_threads(threads)
     seconds = sum(len(waveform) for waveform in waveforms) / audio.SAMPLE_RATE
-    for name, artifact in bundles.items():
-        facts = read_description(artifact.path)
-        sizes = {key: facts[key] for key in ("parameters", "sparsity")}
-        out.metrics(models={name: {"bytes": bundle_bytes(artifact.path), **sizes}})
-        times = {
-            "rtf": sum(spent[name]) / seconds,
-            "latency_ms_p50": 1000 * statistics.median(spent[name]),
+    return {
+        name: {
+            "rtf": sum(times) / seconds,
+            "latency_ms_p50": 1000 * statistics.median(times),
         }
-        out.measure(models={name: times})
+        for name, times in spent.items()
+    }
 
 
 def _some_waveforms(corpus: Artifact, count: int) -> list[np.ndarray]:

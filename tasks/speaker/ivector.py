@@ -88,20 +88,14 @@ def _train_ubm(
     cfg: IvectorConfig, reader: FrameReader, train: np.ndarray, out: Output, fan_out: FanOut
 ) -> Any:
     """Diagonal UBM in memory on a sample of frames, then EM over shards, then full covariances."""
-    import torch
-
     from goldcrest.kernels.ivector import diagonal_gmm, full_gmm
     from goldcrest.kernels.ivector.records import merge_all
 
     settings = settings_of(f"{_IVECTOR}.diagonal_gmm", "DiagonalGmmSettings", cfg.diagonal)
-    sample = _sample_frames(reader, train, cfg.ubm_frames, out.seed)
-    if len(sample) < settings.gaussians:
-        raise StepError(
-            f"{len(sample)} speech frames are too few for {settings.gaussians} Gaussians",
-            hint="lower ivector.diagonal.gaussians",
-        )
-    generator = torch.Generator().manual_seed(out.seed)
-    gmm, history = diagonal_gmm.train(sample, settings, generator)
+    first = functools.partial(
+        _diagonal_of_sample, reader=reader, settings=settings, count=cfg.ubm_frames, seed=out.seed
+    )
+    ((gmm, history),) = fan_out(first, [train], note="UBM of a sample")
     for value in history:
         out.log(ubm_log_likelihood=value)
     ranges = _ranges(train, cfg.shard_utterances)
@@ -122,6 +116,23 @@ def _train_ubm(
         full = full_gmm.update(total, full, full_settings)
         out.log(ubm_log_likelihood=float(total.log_likelihood / total.frames))
     return full
+
+
+def _diagonal_of_sample(
+    rows: np.ndarray, *, reader: FrameReader, settings: Any, count: int, seed: int
+) -> tuple[Any, list[float]]:
+    """A diagonal GMM trained on a sample of frames, and its log-likelihood per iteration."""
+    import torch
+
+    from goldcrest.kernels.ivector import diagonal_gmm
+
+    sample = _sample_frames(reader, rows, count, seed)
+    if len(sample) < settings.gaussians:
+        raise StepError(
+            f"{len(sample)} speech frames are too few for {settings.gaussians} Gaussians",
+            hint="lower ivector.diagonal.gaussians",
+        )
+    return diagonal_gmm.train(sample, settings, torch.Generator().manual_seed(seed))
 
 
 def _sample_frames(reader: FrameReader, rows: np.ndarray, count: int, seed: int) -> torch.Tensor:

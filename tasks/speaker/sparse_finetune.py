@@ -11,7 +11,9 @@ Artifact: the bundle `sparse`, its weights stored with bitmasks.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
@@ -84,14 +86,15 @@ def sparse_finetune(
     head = load_file(dense.path / "head.safetensors")
     examples = read_examples(features, labels, cfg.min_cluster)
     out.progress(0.0, f"{cfg.method} to {cfg.sparsity:.0%}")
-    pruned, masks = prune_network(teacher, calibration_batches(examples, cfg, out.seed), cfg)
+    prune = functools.partial(_pruned_state, examples=examples, cfg=cfg, seed=out.seed)
+    ((state, masks),) = out.runtime.map(prune, [dense.path], note=f"prune by {cfg.method}")
     settings: dict[str, Any] = {}
     if cfg.distillation != "none":
         settings = cfg.distillation_settings
     objective = SparseObjective(
         examples,
         network=network_settings(description["network"]),
-        initial=join_state(pruned.state_dict(), head),
+        initial=join_state(state, head),
         teacher=join_state(teacher.state_dict(), head),
         masks=masks,
         distillation=cfg.distillation,
@@ -103,6 +106,7 @@ def sparse_finetune(
     training = fitting(cfg.training, len(objective))
     trained = out.runtime.train(objective, training, out)
     body, new_head = split_state(trained.model_state)
+    pruned = load_network(dense.path)
     pruned.load_state_dict(body)
     sparsity = realised_sparsity(pruned, masks)
     out.tensors("head", new_head)
@@ -128,6 +132,15 @@ def sparse_finetune(
             },
         },
     )
+
+
+def _pruned_state(
+    dense: Path, *, examples: Any, cfg: SparseConfig, seed: int
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Weights and masks of the pruned network of the bundle in `dense`; runs on a worker."""
+    batches = calibration_batches(examples, cfg, seed)
+    pruned, masks = prune_network(load_network(dense), batches, cfg)
+    return dict(pruned.state_dict()), masks
 
 
 def calibration_batches(examples: Any, cfg: SparseConfig, seed: int) -> list[torch.Tensor]:

@@ -20,8 +20,10 @@ from goldcrest.cluster.api import (
     InputError,
     InputFiles,
     Output,
+    TrainingConfig,
     task,
 )
+from tests.cluster.training_toys import Toy
 
 
 class NumberConfig(Config):
@@ -37,6 +39,12 @@ class FilesConfig(Config):
 
     corpus: Annotated[str | None, InputFiles] = None
     several: Annotated[tuple[str, ...], InputFiles] = ()
+
+
+class TrainToyConfig(Config):
+    """A training of the engine's toy."""
+
+    training: TrainingConfig = TrainingConfig(epochs=1, batch_size=16)
 
 
 class TroubleConfig(Config):
@@ -243,3 +251,54 @@ def coordinate(cfg: NumberConfig, out: Output) -> None:
 
 def _times_one(item: int) -> int:
     return item
+
+
+def where(item: int) -> str:
+    """The label `pool` of the node that this runs on."""
+    import ray
+
+    me = ray.get_runtime_context().get_node_id()
+    (node,) = (node for node in ray.nodes() if node["NodeID"] == me)
+    return str(node["Labels"].get("pool", ""))
+
+
+class Located(Toy):
+    """A toy that tells where it is trained."""
+
+    def evaluate(self, model: Any, *, epoch: int) -> dict[str, float]:
+        """1 on a node of the pool `gpu`."""
+        return {"on_gpu_node": float(where(0) == "gpu")}
+
+
+@task(cpus=0)
+def train_toy(cfg: TrainToyConfig, out: Output) -> None:
+    """Train, and write down on which nodes the step, its map and its training ran."""
+    trained = out.runtime.train(Located(), cfg.training, out)
+    mapped = sorted(set(out.runtime.map(where, range(4))))
+    trained_there = trained.history[-1]["on_gpu_node"]
+    out.json("places", {"own": where(0), "map": mapped, "trained_on_gpu_node": trained_there})
+
+
+@task(cpus=0.5)
+def look(cfg: NumberConfig, out: Output) -> None:
+    """Write down on which node this runs."""
+    out.json("places", {"own": where(0)})
+
+
+class PoolsConfig(Config):
+    """Nothing to choose."""
+
+
+class Pools:
+    """A pipeline whose steps say where they ran."""
+
+    Config = PoolsConfig
+
+    @staticmethod
+    def build(cfg: PoolsConfig) -> Any:
+        """Two that compute, one that hands out."""
+        return [
+            look.bind(NumberConfig(), name="look"),
+            look.bind(NumberConfig(value=2), name="hold"),
+            train_toy.bind(TrainToyConfig(), name="train"),
+        ]

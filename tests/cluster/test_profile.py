@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from goldcrest.cluster.api import InputError, Resources
+from goldcrest.cluster.api import InputError, Resources, TrainingConfig
 from goldcrest.cluster.dag import Step, walk
 from goldcrest.cluster.keys import Fingerprints
+from goldcrest.cluster.placement import asked, own_resources, task_options
 from goldcrest.cluster.profile import (
     NodeKind,
     Profile,
@@ -17,9 +18,8 @@ from goldcrest.cluster.profile import (
     lacking,
     parse_bytes,
     running_nodes,
-    task_options,
 )
-from tests.cluster.engine_steps import NumberConfig, number
+from tests.cluster.engine_steps import NumberConfig, TrainToyConfig, number, train_toy
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "cluster"
 
@@ -41,6 +41,29 @@ def test_a_mixed_cluster_sends_training_to_gpu_nodes_and_the_rest_to_cpu_nodes()
     gpu = NodeKind(name="b", cpus=8, gpus=1, labels={"pool": "gpu"})
     fits = [[not lacking(s.resources, node) for node in (cpu, gpu)] for s in (prepare, pretrain)]
     assert fits == [[True, False], [False, True]]
+
+
+def test_what_a_profile_gives_a_step_that_hands_out_work_is_for_its_workers() -> None:
+    profile = Profile.load(CONFIGS / "mixed.yaml")
+    node = train_toy.bind(TrainToyConfig(), name="pretrain")
+    (step,) = walk(
+        [node], fingerprints=Fingerprints(Path("/nowhere/c")), overrides=profile.overrides()
+    )
+    assert own_resources(step) == Resources(cpus=0, labels={"pool": "gpu"})
+    own, worker = asked(step)
+    assert own == own_resources(step)
+    assert worker == Resources(cpus=1, gpus=1, labels={"pool": "gpu"})
+    one_gpu = NodeKind(name="g", cpus=1, gpus=1, labels={"pool": "gpu"})
+    check_placement([step], [one_gpu], profile)  # the step itself does not hold the one GPU
+    with pytest.raises(InputError, match="step 'pretrain' asks for 1 GPUs"):
+        check_placement([step], [NodeKind(name="c", cpus=8, labels={"pool": "gpu"})], profile)
+
+
+def test_a_config_that_asks_for_gpus_is_refused_before_anything_starts() -> None:
+    config = TrainToyConfig(training=TrainingConfig(gpus_per_worker=2))
+    (step,) = walk([train_toy.bind(config)], fingerprints=Fingerprints(Path("/nowhere/c")))
+    with pytest.raises(InputError, match="step 'train_toy' asks for 2 GPUs"):
+        check_placement([step], [NodeKind(name="n", cpus=8)], Profile())
 
 
 def test_later_patterns_win_and_only_given_fields_change() -> None:
