@@ -33,6 +33,7 @@ PLAIN_INTERVAL = 10.0
 """Seconds between two plain lines about the same running step."""
 KEY_METRICS = 3
 """Most metrics shown beside a step."""
+_QUIET = {"epoch", "learning_rate", "skipped_steps"}  # in the history, but not worth a line
 
 _SIGN = {
     "waiting": ("·", "dim"),
@@ -66,7 +67,7 @@ def number(value: object) -> str:
 
 def key_metrics(values: Mapping[str, Any], most: int = KEY_METRICS) -> str:
     """The first few numbers of nested metrics as `name=value`, in their own order."""
-    pairs = [(name, value) for name, value in _numbers(values) if name != "epoch"]
+    pairs = [(name, value) for name, value in _numbers(values) if name not in _QUIET]
     return "  ".join(f"{name}={number(value)}" for name, value in pairs[:most])
 
 

@@ -92,6 +92,12 @@ def corpus_name(path: str) -> str:
     return as_text(name.removesuffix(".jsonl").removesuffix(".csv")) or "corpus"
 
 
+def manifest_folders(paths: tuple[str, ...]) -> tuple[str, ...]:
+    """The folders of those corpora that are given as manifest files: their audio lies there."""
+    files = [Path(path).expanduser() for path in paths if "://" not in path]
+    return tuple(str(path.parent) for path in files if path.is_file())
+
+
 def as_text(name: str) -> str:
     """A file name as text that UTF-8 can hold: bytes that are not UTF-8 become `\\xNN`."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -8,21 +8,24 @@ is other utterances of the corpus, so that augmentation needs no data beyond the
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from goldcrest.cluster.api import Config, InputFiles
+from goldcrest.cluster.api import Config, InputFiles, StepError
 from goldcrest.tasks.data import audio
-from goldcrest.tasks.data.corpus import read_corpora
+from goldcrest.tasks.data.corpus import manifest_folders, read_corpora
 
 if TYPE_CHECKING:
     import torch
 
+_LIMITS = audio.AudioLimits(min_seconds=0.005)  # an impulse response is short
 Kind = Literal["noise", "reverb", "babble", "speed"]
 
 
@@ -38,6 +41,9 @@ class AugmentConfig(Config):
         description="corpora of noises and room impulse responses (metadata `kind`: noise or rir, "
         "or folders of that name); none: synthetic noise and rooms",
     )
+    noise_beside: Annotated[tuple[str, ...], InputFiles] = Field(
+        (), description="folders of noise corpora that are given as manifest files (filled in)"
+    )
     noise_snr: tuple[float, float] = Field((0.0, 15.0), description="range of noise SNR (dB)")
     babble_snr: tuple[float, float] = Field((13.0, 20.0), description="range of babble SNR (dB)")
     babble_voices: tuple[int, int] = Field((3, 8), description="range of talkers in babble")
@@ -45,6 +51,12 @@ class AugmentConfig(Config):
     speed: tuple[float, float] = Field(
         (0.95, 1.05), description="range of speed factors; more changes the perceived speaker"
     )
+
+    @model_validator(mode="after")
+    def _fill_in(self) -> Self:
+        """Noises beside a manifest belong to the result, so they must be in the key."""
+        object.__setattr__(self, "noise_beside", manifest_folders(self.noise_paths))
+        return self
 
     @field_validator("noise_snr", "babble_snr", "babble_voices", "t60", "speed")
     @classmethod
@@ -63,35 +75,51 @@ class AugmentConfig(Config):
 
 @dataclass(frozen=True)
 class NoiseBank:
-    """Waveforms to corrupt with, each (N,) float32 at 16 kHz; empty lists: synthetic ones.
+    """What to corrupt with; empty lists: synthetic noise and rooms.
 
-    `voices` are pairs of a speaker and an utterance.
+    `noises` and `rooms` are files, or what is in them, opened when they are drawn: a corpus of
+    noises is larger than memory. `voices` are pairs of a speaker and a waveform (N,) float32 at
+    16 kHz. `left_out` counts files that can't be read.
     """
 
-    noises: Sequence[np.ndarray]
-    rooms: Sequence[np.ndarray]
+    noises: Sequence[Path | bytes]
+    rooms: Sequence[Path | bytes]
     voices: Sequence[tuple[str, np.ndarray]]
+    left_out: int = 0
 
     def without(self, speaker: str) -> NoiseBank:
         """The bank without this speaker's voice: babble is of others."""
         others = [voice for voice in self.voices if voice[0] != speaker]
-        return NoiseBank(self.noises, self.rooms, others)
+        return replace(self, voices=others)
 
 
 def load_noise_bank(cfg: AugmentConfig, voices: Sequence[tuple[str, np.ndarray]]) -> NoiseBank:
-    """Read the noise corpora; a file that can't be read is left out."""
-    noises: list[np.ndarray] = []
-    rooms: list[np.ndarray] = []
+    """List the noise corpora; a file whose header can't be read is left out and counted."""
+    noises: list[Path | bytes] = []
+    rooms: list[Path | bytes] = []
+    left_out = 0
     for recording in read_corpora(cfg.noise_paths) if cfg.noise_paths else []:
         is_room = recording.kind == "rir" or "rir" in recording.path.parts
+        source = recording.path if recording.data is None else recording.data
         try:
-            samples = audio.decode(
-                recording.data or recording.path, audio.AudioLimits(min_seconds=0.005)
-            )
+            audio.read_header(source, _LIMITS)
         except audio.AudioError:
+            left_out += 1
             continue
-        (rooms if is_room else noises).append(samples)
-    return NoiseBank(noises, rooms, voices)
+        (rooms if is_room else noises).append(source)
+    return NoiseBank(noises, rooms, voices, left_out)
+
+
+@functools.lru_cache(maxsize=64)
+def _samples(source: Path | bytes) -> np.ndarray:
+    """(N,) float32; the last ones drawn by this process are kept."""
+    try:
+        return audio.decode(source, _LIMITS)
+    except audio.AudioError as error:
+        name = source if isinstance(source, Path) else "a recording of a dataset"
+        raise StepError(
+            f"noise {name}: {error}", hint="mend the noise corpus, or remove it"
+        ) from error
 
 
 def corrupt(
@@ -134,7 +162,7 @@ def _room(cfg: AugmentConfig, bank: NoiseBank, rng: np.random.Generator) -> torc
     from goldcrest.kernels.frontend.reverb import synthetic_rir
 
     if bank.rooms:
-        return torch.from_numpy(bank.rooms[int(rng.integers(len(bank.rooms)))])
+        return torch.from_numpy(_samples(bank.rooms[int(rng.integers(len(bank.rooms)))]))
     return synthetic_rir(float(rng.uniform(*cfg.t60)), rng)
 
 
@@ -144,7 +172,7 @@ def _noise(samples: int, bank: NoiseBank, rng: np.random.Generator) -> torch.Ten
     from goldcrest.kernels.frontend import noise as mixing
 
     if bank.noises:
-        chosen = torch.from_numpy(bank.noises[int(rng.integers(len(bank.noises)))])
+        chosen = torch.from_numpy(_samples(bank.noises[int(rng.integers(len(bank.noises)))]))
         return mixing.fit_length(chosen, samples, rng)
     make = mixing.white_noise if rng.random() < 0.5 else mixing.pink_noise
     return make(samples, rng)

@@ -9,7 +9,8 @@ MODEL_CARD.md       for people
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -123,11 +124,16 @@ def load_state(folder: Path) -> dict[str, Tensor]:
 
 
 def load_network(folder: Path) -> EcapaTdnn:
-    """The float network of a dense or sparse bundle, in eval mode."""
+    """The float network of a dense or sparse bundle, in eval mode; InputError if it is not one."""
+    import torch
+
     from goldcrest.kernels.speaker.ecapa_tdnn import EcapaTdnn
 
-    network = EcapaTdnn(network_settings(read_description(folder)["network"]))
-    network.load_state_dict(load_state(folder))
+    with _told_as_input(folder):
+        settings = network_settings(read_description(folder)["network"])
+        with torch.device("meta"):  # sizes are the file's claim: nothing is allocated for them
+            network = EcapaTdnn(settings)
+        network.load_state_dict(load_state(folder), assign=True)
     return network.eval()
 
 
@@ -138,19 +144,35 @@ def load_bundle(folder: Path | str) -> SpeakerModel:
     folder = Path(folder)
     facts = read_description(folder)
     module: nn.Module
-    if facts["name"] == "int8":
-        from goldcrest.kernels.quantization.int8_ecapa import Int8Ecapa
+    with _told_as_input(folder):
+        if facts["name"] == "int8":
+            from goldcrest.kernels.quantization.int8_ecapa import Int8Ecapa
 
-        module = Int8Ecapa.from_tensors(load_state(folder), facts["int8"])
-    else:
-        module = load_network(folder)
+            module = Int8Ecapa.from_tensors(load_state(folder), facts["int8"])
+        else:
+            module = load_network(folder)
+        front_end = FrontEnd(FrontEndConfig(**facts["front_end"]))
 
     def embed(frames: np.ndarray) -> np.ndarray:
+        """(T, F) -> (E,)."""
         with torch.inference_mode():
             return module(torch.from_numpy(frames).mT[None].contiguous())[0].float().numpy()
 
-    front_end = FrontEnd(FrontEndConfig(**facts["front_end"]))
     return SpeakerModel(facts, embed, front_end)
+
+
+@contextmanager
+def _told_as_input(folder: Path) -> Iterator[None]:
+    """What a damaged or foreign bundle raises inside, as an InputError that names it."""
+    try:
+        yield
+    except InputError:
+        raise
+    except KeyError as error:
+        raise InputError(f"the bundle {folder} lacks {error}") from error
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"the bundle {folder} can't be used: {reason}") from error
 
 
 def model_card(facts: Mapping[str, Any]) -> str:

@@ -103,9 +103,11 @@ def features(cfg: FeatureConfig, corpus: Artifact, out: Output) -> None:
     """Extract MFCC and filterbanks of every utterance and augmented copy."""
     facts = corpus.table("facts")
     total = facts.num_rows
-    bank = load_noise_bank(
-        cfg.augment, _babble_pool(corpus, out.seed) if cfg.augment.copies else []
-    )
+    bank = NoiseBank([], [], [])
+    if cfg.augment.copies:
+        bank = load_noise_bank(cfg.augment, _babble_pool(corpus, out.seed))
+    if bank.left_out:
+        out.metrics(notes={"noises_left_out": f"{bank.left_out} noise files can't be read"})
     arguments = {"cfg": cfg, "bank": bank, "seed": out.seed}
     index: list[pa.Table] = []
     rows = 0

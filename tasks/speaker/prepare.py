@@ -25,7 +25,14 @@ from pydantic import Field, model_validator
 
 from goldcrest.cluster.api import Config, InputError, InputFiles, Output, StepError, task
 from goldcrest.tasks.data import audio, synthetic
-from goldcrest.tasks.data.corpus import Layout, Recording, as_text, corpus_names, read_corpora
+from goldcrest.tasks.data.corpus import (
+    Layout,
+    Recording,
+    as_text,
+    corpus_names,
+    manifest_folders,
+    read_corpora,
+)
 from goldcrest.tasks.methods import SettingsOf, settings_of
 
 Split = Literal["train", "eval"]
@@ -95,9 +102,7 @@ class PrepareConfig(Config):
         if self.names and len(self.names) != len(paths):
             raise ValueError(f"{len(self.names)} names for {len(paths)} corpora")
         object.__setattr__(self, "names", self.names or corpus_names(paths))
-        manifests = [Path(path).expanduser() for path in paths if "://" not in path]
-        folders = tuple(str(path.parent) for path in manifests if path.is_file())
-        object.__setattr__(self, "beside", folders)
+        object.__setattr__(self, "beside", manifest_folders(paths))
         return self
 
 

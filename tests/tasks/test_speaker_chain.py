@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -396,6 +397,32 @@ def test_a_given_trial_list(chain: dict[str, Artifact], run_task, tmp_path: Path
         path.write_text(text)
         with pytest.raises(InputError, match=words):
             run_task(evaluate, cfg, *inputs, None, None)
+
+
+@pytest.mark.parametrize(
+    ("form", "change", "words"),
+    [
+        ("dense", {"network": None}, "can't be used"),
+        ("dense", {"network": {"channels": 1 << 24, "input_dim": 24}}, "can't be used"),
+        ("dense", {"front_end": {"nonsense": 1}}, "nonsense"),
+        ("dense", "network", "lacks 'network'"),
+        ("int8", {"int8": {}}, "lacks|can't be used"),
+        ("int8", "front_end", "lacks 'front_end'"),
+    ],
+)
+def test_a_damaged_bundle_is_a_sentence(
+    chain: dict[str, Artifact], tmp_path: Path, form: str, change: Any, words: str
+) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(chain[form].path, folder)
+    facts = read_description(folder)
+    if isinstance(change, str):
+        del facts[change]
+    else:
+        facts |= change
+    (folder / "bundle.json").write_text(json.dumps(facts))
+    with pytest.raises(InputError, match=words):
+        load_bundle(folder)
 
 
 def test_a_list_names_recordings_that_were_cut_or_quarantined(
