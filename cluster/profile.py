@@ -23,7 +23,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from goldcrest.cluster.api import Resources
 from goldcrest.cluster.dag import Step
-from goldcrest.cluster.errors import InputError
+from goldcrest.cluster.errors import GoldcrestError, InputError
 from goldcrest.cluster.placement import asked
 
 _BYTES = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)\s*$", re.IGNORECASE)
@@ -233,13 +233,32 @@ def attach(profile: Profile) -> Literal["attached", "joined", "started"]:
     if local:
         arguments |= _local_arguments(wanted)
     try:
-        ray.init(log_to_driver=False, **arguments)
+        _start(arguments, tries=2 if local else 1)
     except ConnectionError as error:
         raise InputError(
             f"no Ray answers at '{wanted.address}' (cluster profile '{profile.name}'): {error}",
             hint="start it with `ray start --head`, or use the profile laptop",
         ) from None
     return "started" if local else "joined"
+
+
+def _start(arguments: Mapping[str, Any], tries: int) -> None:
+    """`ray.init`, which gives up after 30 s where the machine is busy: one more try, then words."""
+    import ray
+
+    try:
+        ray.init(log_to_driver=False, **arguments)
+    except Exception as error:
+        if "timed out" not in str(error):  # Ray raises a bare Exception: its text is all there is
+            raise
+        ray.shutdown()
+        if tries > 1:
+            return _start(arguments, tries - 1)
+        reason = next(iter(str(error).splitlines()), "")
+        raise GoldcrestError(
+            f"Ray did not start in time: {reason}",
+            hint="the machine may be too busy or short of memory; try again when it is calmer",
+        ) from error
 
 
 def _local_arguments(wanted: RayConfig) -> dict[str, Any]:

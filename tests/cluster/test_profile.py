@@ -8,6 +8,7 @@ import pytest
 
 from goldcrest.cluster.api import InputError, Resources, TrainingConfig
 from goldcrest.cluster.dag import Step, walk
+from goldcrest.cluster.errors import GoldcrestError
 from goldcrest.cluster.keys import Fingerprints
 from goldcrest.cluster.placement import asked, own_resources, task_options
 from goldcrest.cluster.profile import (
@@ -156,3 +157,23 @@ def test_a_running_ray_is_used_as_it_is(ray_cluster: None) -> None:
     assert attach(Profile()) == "attached"
     (node,) = running_nodes()
     assert (node.cpus, node.gpus) == (2, 0)
+
+
+def test_a_ray_that_starts_too_slowly_gets_a_second_try_and_then_a_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import ray
+
+    tried: list[str] = []
+
+    def slow(**arguments: object) -> None:
+        """What ray.init does on a machine that is too busy."""
+        tried.append(str(arguments["address"]))
+        raise Exception("The current node timed out during startup. This could happen ...")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", slow)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with pytest.raises(GoldcrestError, match=r"did not start in time.*calmer"):
+        attach(Profile())
+    assert tried == ["local", "local"]
