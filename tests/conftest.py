@@ -62,3 +62,35 @@ def ray_cluster(_private_cache: None) -> Iterator[None]:
 def store_folder(tmp_path: Path) -> Path:
     """A folder for a store of the test's own."""
     return tmp_path / "store"
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """`host:port` of an S3 server (moto) in this process."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3_uri(s3_server: str, tmp_path: Path) -> str:
+    """The URI of an empty place in a bucket of its own."""
+    import hashlib
+
+    from pyarrow.fs import S3FileSystem
+
+    bucket = "lab-" + hashlib.sha256(str(tmp_path).encode()).hexdigest()[:16]
+    S3FileSystem(
+        access_key="user",
+        secret_key="not-a-secret",
+        endpoint_override=s3_server,
+        scheme="http",
+        region="us-east-1",
+        allow_bucket_creation=True,
+    ).create_dir(bucket)
+    query = f"endpoint_override={s3_server}&scheme=http&region=us-east-1"
+    return f"s3://user:not-a-secret@{bucket}/store?{query}"

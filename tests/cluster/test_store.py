@@ -1,4 +1,4 @@
-"""What every store promises, for a folder, an fsspec memory bucket and a disk used as a bucket."""
+"""What every store promises: a folder, an fsspec memory bucket, a disk as a bucket, an S3 server."""
 
 import errno
 import hashlib
@@ -47,10 +47,12 @@ def content(artifact):
     return {name: artifact.file(name).read_bytes() for name in artifact.manifest["files"]}
 
 
-@pytest.fixture(params=["folder", "memory", "disk as bucket"])
+@pytest.fixture(params=["folder", "memory", "disk as bucket", "s3"])
 def store(request, tmp_path, monkeypatch):
     """An empty store of each kind."""
     monkeypatch.setenv("GOLDCREST_CACHE", str(tmp_path / "cache"))
+    if request.param == "s3":
+        return Store.open(request.getfixturevalue("s3_uri"))
     uris = {
         "folder": str(tmp_path / "store"),
         "memory": f"memory://{key_of(str(tmp_path))[:12]}/store",
