@@ -44,7 +44,7 @@ from goldcrest.kernels.clustering.terms import vicreg
 from goldcrest.kernels.clustering.terms.augmentation import FixedSide, augmentation_loss
 from goldcrest.kernels.clustering.terms.divergence import cross_entropy, kl_divergence
 from goldcrest.kernels.clustering.terms.imsat import entropies, entropy, information_loss
-from goldcrest.kernels.clustering.terms.infonce import infonce_loss
+from goldcrest.kernels.clustering.terms.infonce import Distance, infonce_loss
 from goldcrest.kernels.clustering.terms.mixup import MixSpace, mixup_loss
 from goldcrest.kernels.clustering.terms.supcon import AnchorMean, supcon_loss
 from goldcrest.kernels.clustering.terms.vat import adversarial_perturbation
@@ -65,6 +65,7 @@ _CHOICES = {
     "mixup_space": get_args(MixSpace),
     "supcon_anchor_mean": get_args(AnchorMean),
     "aug_fixed": get_args(FixedSide),
+    "infonce_distance": get_args(Distance),
 }
 
 
@@ -96,6 +97,7 @@ class Settings:
     supcon_anchor_mean: AnchorMean = "positive"  # mean over anchors with a positive, or over all
     aug_fixed: FixedSide = "none"  # side of eq. 10.7 without gradient
     infonce_temperature: float = 1.0  # tau of eq. 10.8
+    infonce_distance: Distance = "cosine"  # sim of eq. 10.8: cosine, or -KL (tried, was worse)
     vicreg_gamma: float = 1.0  # target standard deviation of v
 
     def __post_init__(self) -> None:
@@ -293,7 +295,10 @@ class CimcObjective:
             found["aug"] = augmentation_loss(logits, augmented, fixed=settings.aug_fixed)
         if "infonce" in active:
             found["infonce"] = infonce_loss(
-                logits, augmented, temperature=settings.infonce_temperature
+                logits,
+                augmented,
+                temperature=settings.infonce_temperature,
+                distance=settings.infonce_distance,
             )
         return found
 

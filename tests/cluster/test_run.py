@@ -107,6 +107,22 @@ def test_a_run_and_the_same_run_again(ray_cluster: None, store: Store) -> None:
     assert again.bundles == result.bundles
 
 
+def test_a_run_whose_store_is_an_s3_bucket(
+    ray_cluster: None, s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GOLDCREST_CACHE", str(tmp_path / "one-host"))
+    made = run(Chain, ChainConfig(length=2), store=Store.open(s3_uri))
+    assert set(states(made).values()) == {"ran"}
+    monkeypatch.setenv("GOLDCREST_CACHE", str(tmp_path / "another-host"))
+    there = Store.open(s3_uri)
+    found = run(Chain, ChainConfig(length=2), store=there)
+    assert set(states(found).values()) == {"cached"}
+    last = there.find(found.steps[-1].key)
+    assert last is not None
+    assert last.json("number") == 3
+    assert "not-a-secret" not in json.dumps(found.as_json())
+
+
 def test_a_manifest_says_how_the_artifact_came_to_be(ray_cluster: None, store: Store) -> None:
     result = run(pipeline(add.bind(ONE, number.bind(ONE), seed=4)), None, store=store)
     manifest = store.manifest(result.steps[1].key)

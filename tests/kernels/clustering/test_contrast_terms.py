@@ -11,7 +11,11 @@ from goldcrest.kernels.clustering.terms.contrast import (
     log_sum_exp_others,
     log_sum_exp_others_reference,
 )
-from goldcrest.kernels.clustering.terms.infonce import infonce_loss, infonce_loss_reference
+from goldcrest.kernels.clustering.terms.infonce import (
+    Distance,
+    infonce_loss,
+    infonce_loss_reference,
+)
 from goldcrest.kernels.clustering.terms.supcon import supcon_loss, supcon_loss_reference
 
 
@@ -96,14 +100,15 @@ def test_infonce_golden_value() -> None:
     assert float(loss) == pytest.approx(0.614982, abs=1e-6)
 
 
+@pytest.mark.parametrize("distance", ["cosine", "kl"])
 @pytest.mark.parametrize("block", [1, 4, 100])
-def test_infonce_equals_the_loop(block: int) -> None:
+def test_infonce_equals_the_loop(block: int, distance: Distance) -> None:
     torch.manual_seed(0)
     a, b = torch.randn(2, 7, 3, dtype=torch.float64).requires_grad_()
     results = []
     for loss in (
-        infonce_loss(a, b, temperature=0.3, block=block),
-        infonce_loss_reference(a, b, temperature=0.3),
+        infonce_loss(a, b, temperature=0.3, distance=distance, block=block),
+        infonce_loss_reference(a, b, temperature=0.3, distance=distance),
     ):
         results.append((loss.detach(), *torch.autograd.grad(loss, (a, b))))
     torch.testing.assert_close(results[0], results[1], rtol=1e-9, atol=1e-12)

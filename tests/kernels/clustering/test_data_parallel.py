@@ -46,6 +46,7 @@ LOSSES: dict[str, Callable[[Mlp, Tensor, Tensor], Tensor]] = {
     "supcon": lambda model, x, other: supcon_loss(model(x), temperature=0.5),
     "supcon_all": lambda model, x, other: supcon_loss(model(x), anchor_mean="all"),
     "infonce": lambda model, x, other: infonce_loss(model(x), model(other)),
+    "infonce_kl": lambda model, x, other: infonce_loss(model(x), model(other), distance="kl"),
     "vicreg": lambda model, x, other: vicreg.vicreg_loss(model(x), 0.1 * model(other)),
     "mixup": _mixup,
 }
