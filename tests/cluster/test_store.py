@@ -1,4 +1,4 @@
-"""What every store promises: a folder, an fsspec memory bucket, a disk as a bucket, an S3 server."""
+"""What every store promises: a folder, memory as a bucket, a disk as a bucket, an S3 server."""
 
 import errno
 import hashlib
