@@ -363,7 +363,10 @@ class MetricTable:
 
 
 def metric_tables(metrics: Mapping[str, Any]) -> list[MetricTable]:
-    """Tables from nested metrics `{group: {model: {metric: value}}}`; loose numbers come last."""
+    """Tables from nested metrics `{group: {model: {metric: value}}}`; loose numbers come last.
+
+    A metric that is itself a mapping (an error rate by corpus) becomes a table of its own.
+    """
     tables: list[MetricTable] = []
     loose: dict[str, Any] = {}
     for group, models in metrics.items():
@@ -372,18 +375,21 @@ def metric_tables(metrics: Mapping[str, Any]) -> list[MetricTable]:
             continue
         rows = {str(m): v for m, v in models.items() if isinstance(v, Mapping)}
         plain = {str(m): v for m, v in models.items() if not isinstance(v, Mapping)}
-        if rows:
-            tables.append(_table(str(group), {name: _leaves(v) for name, v in rows.items()}))
+        flat = {
+            model: {name: v for name, v in values.items() if not isinstance(v, Mapping)}
+            for model, values in rows.items()
+        }
+        if any(flat.values()):
+            tables.append(_table(str(group), flat))
+        nested = dict.fromkeys(n for v in rows.values() for n in v if isinstance(v[n], Mapping))
+        for name in nested:
+            parts = {m: flatten(dict(v[name])) for m, v in rows.items() if v.get(name)}
+            tables.append(_table(f"{group}, {name}", parts))
         if plain:
             tables.append(_table(str(group), {"": plain}))
     if loose:
         tables.append(_table("other", {"": loose}))
     return tables
-
-
-def _leaves(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Leaves by dotted name; a dot inside a metric's own name (`min_dcf_0.01`) does no harm."""
-    return flatten(dict(values))
 
 
 def _table(name: str, rows: Mapping[str, Mapping[str, Any]]) -> MetricTable:

@@ -215,18 +215,23 @@ def test_a_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
 def test_metric_tables() -> None:
     tables = metric_tables(
         {
-            "verification": {"dense": {"eer": 0.1}, "int8": {"eer": 0.2, "eer_ci": [0.1, 0.3]}},
+            "verification": {
+                "dense": {"eer": 0.1, "by_corpus": {"a": 0.2, "b": 0.0}},
+                "int8": {"eer": 0.2, "eer_ci": [0.1, 0.3]},
+            },
             "clustering": {"nmi": 0.8, "cimc": {"acc": 0.9}},
             "loose": 1,
         }
     )
     assert [(t.name, t.columns) for t in tables] == [
         ("verification", ("eer", "eer_ci")),
+        ("verification, by_corpus", ("a", "b")),
         ("clustering", ("acc",)),
         ("clustering", ("nmi",)),
         ("other", ("loose",)),
     ]
     assert tables[0].rows == (("dense", (0.1, None)), ("int8", (0.2, [0.1, 0.3])))
+    assert tables[1].rows == (("dense", (0.2, 0.0)),)
 
 
 def test_cells_and_sizes() -> None:
