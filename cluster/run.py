@@ -340,6 +340,11 @@ class _Driver:
             timeout=_CANCEL_GRACE,
         )
 
+    def _in_order(self) -> list[Artifact]:
+        """The artifacts in the order of the plan: of two bundles of one name the last counts."""
+        names = [planned.step.name for planned in self.plan.steps]
+        return [self.artifacts[name] for name in names if name in self.artifacts]
+
     def result(self, seconds: float, status: Literal["interrupted"] | None) -> RunResult:
         """What the run came to, from the states of its steps and their artifacts."""
         rows = [self._row(planned) for planned in self.plan.steps]
@@ -347,7 +352,7 @@ class _Driver:
         measurements: dict[str, Any] = {}
         bundles: dict[str, str] = {}
         quarantined = 0
-        for artifact in self.artifacts.values():
+        for artifact in self._in_order():
             facts = artifact.metrics
             quarantined += int(facts.pop("quarantined", 0))
             merge_nested(metrics, facts)

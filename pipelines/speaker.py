@@ -1,6 +1,6 @@
 """The speaker pipeline: a folder of unlabelled speech -> small, fast speaker verification models.
 
-    corpus -> features -> ivectors -> cluster -> pretrain -> sparse -> int8 -> evaluate
+    corpus -> features -> ivectors -> cluster -> pretrain -> sparse -> int8 -> evaluate -> bundles
                                    \\-> kmeans, ahc (to compare with)
 
 With `rounds` above 1 the network's embeddings are clustered again and the network is trained anew
@@ -28,6 +28,7 @@ from goldcrest.tasks.speaker.features import FeatureConfig, features
 from goldcrest.tasks.speaker.ivector import IvectorConfig, ivector
 from goldcrest.tasks.speaker.prepare import PrepareConfig, prepare
 from goldcrest.tasks.speaker.pretrain import PretrainConfig, pretrain
+from goldcrest.tasks.speaker.publish import PublishConfig, publish
 from goldcrest.tasks.speaker.quantize import QuantizeConfig, quantize
 from goldcrest.tasks.speaker.sparse_finetune import SparseConfig, sparse_finetune
 from goldcrest.tasks.speaker.true_labels import TrueLabelsConfig, true_labels
@@ -62,6 +63,7 @@ class Config(api.Config):
     sparse: SparseConfig = Field(SparseConfig(), description="pruning and sparse fine-tuning")
     quantize: QuantizeConfig = Field(QuantizeConfig(), description="INT8 weights and activations")
     evaluate: EvaluateConfig = Field(EvaluateConfig(), description="trials and measurements")
+    publish: PublishConfig = Field(PublishConfig(), description="the finished bundles")
 
     @model_validator(mode="after")
     def _one_classifier(self) -> Self:
@@ -94,7 +96,7 @@ class Config(api.Config):
 
 
 def build(cfg: Config) -> list[Any]:
-    """Bind the chain; the last node is the evaluation, beside it the clusterings compared with."""
+    """Bind the chain; its ends are the three bundles and the clusterings compared with."""
     corpus = prepare.bind(cfg.corpus, name="corpus", seed=cfg.seed)
     frames = features.bind(cfg.features, corpus, seed=cfg.seed)
     vectors = ivector.bind(cfg.ivector, frames, name="ivectors", seed=cfg.seed)
@@ -119,7 +121,11 @@ def build(cfg: Config) -> list[Any]:
     result = evaluate.bind(
         cfg.evaluate, corpus, frames, vectors, dense, sparse, int8, seed=cfg.seed
     )
-    return [*(node for _, node in compared), result]
+    finished = [
+        publish.bind(cfg.publish, node, result, name=f"bundle-{name}")
+        for name, node in (("dense", dense), ("sparse", sparse), ("int8", int8))
+    ]
+    return [*(node for _, node in compared), *finished]
 
 
 class _Clusterer:

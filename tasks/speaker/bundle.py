@@ -3,6 +3,7 @@
 bundle.json         schema, kind, name, architecture, network and front-end settings, facts
 model.safetensors   weights: dense float32, bitmask-packed where sparse, int8 where quantized
 head.safetensors    the training classifier (only to fine-tune further; not needed to serve)
+calibration.json    thresholds of its scores (added by publish.py, where speakers are labelled)
 MODEL_CARD.md       for people
 """
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 KIND = "speaker-embedding"
+LICENCE = "the model inherits the terms of the speech that it was trained on"
 Form = Literal["dense", "sparse", "int8"]
 
 
@@ -74,7 +76,7 @@ def write_bundle(
         "parameters": sum(value.numel() for value in weights),
         "sparsity": zero_share(tensors),
         "sample_rate": 16_000,
-        "licence": "the model inherits the terms of the speech that it was trained on",
+        "licence": LICENCE,
         **facts,
     }
     out.json("bundle", description)
@@ -177,8 +179,7 @@ def _told_as_input(folder: Path) -> Iterator[None]:
 
 def model_card(facts: Mapping[str, Any]) -> str:
     """MODEL_CARD.md of a bundle."""
-    training = facts.get("training", {})
-    rows = "\n".join(f"| {name} | {value} |" for name, value in sorted(training.items()))
+    rows = "\n".join(f"| {name} | {value} |" for name, value in _card_rows(facts))
     return f"""# {facts["name"]} speaker embedding model
 
 An ECAPA-TDNN that turns 16 kHz mono speech into a vector of
@@ -187,14 +188,11 @@ person spoke.
 
 | what | value |
 |---|---|
-| form | {facts["name"]} |
-| channels | {facts["network"]["channels"]} |
-| input | {facts["network"]["input_dim"]} x {facts["front_end"]["network_input"]} per 10 ms |
 {rows}
 
 Load it with `goldcrest.tasks.speaker.bundle.load_bundle(folder)`; its method
-`embed_waveform(samples)` takes float samples in [-1, 1]. Metrics, lineage and the exact
-configuration are in the manifest beside this card and in the run's report.
+`embed_waveform(samples)` takes float samples in [-1, 1]. Lineage and the exact configuration are in
+the manifest beside this card and in the run's report.
 
 Intended use: comparing voices within the kind of recordings that it was trained on. Error rates
 differ between languages, channels and groups of speakers; measure them on your own trials before
@@ -202,3 +200,28 @@ you rely on a threshold. Do not use it to identify people without their consent.
 
 Licence: {facts["licence"]}.
 """
+
+
+def _card_rows(facts: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What the card's table says: form, sizes, training, and what was measured."""
+    yield "form", facts["name"]
+    yield "channels", facts["network"]["channels"]
+    yield (
+        "input",
+        f"{facts['network']['input_dim']} x {facts['front_end']['network_input']} per 10 ms",
+    )
+    yield "parameters", f"{facts['parameters']:,}"
+    yield "share of zero weights", facts["sparsity"]
+    yield from sorted(facts.get("training", {}).items())
+    measured = facts.get("measured", {})
+    if "eer" in measured:
+        low, high = measured["eer_ci"]
+        yield (
+            "equal error rate, unseen speakers",
+            f"{measured['eer']:.2f} % (95 % interval {low:.1f} to {high:.1f}, "
+            f"{measured['trials']:,} trials)",
+        )
+    if "eer_cosine" in measured:
+        yield "the same by plain cosine, without AS-norm", f"{measured['eer_cosine']:.2f} %"
+    if "bytes" in measured:
+        yield "bytes of weights and description", f"{measured['bytes']:,}"

@@ -7,7 +7,7 @@ the plain cosine's). EERs are percent, by linear interpolation, with bootstrap i
 speakers. Trials among the training speakers ("seen") are apart, under `verification_seen`.
 
 Artifact, for each of the two sections: scores_SECTION (one row per trial), calibration_SECTION
-(thresholds), the figures det_SECTION and scores_SECTION.
+(thresholds of the plain cosines), the figures det_SECTION and scores_SECTION.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from goldcrest.tasks.speaker.trials import TrialSet, drawn_trials, given_trials
 from goldcrest.tasks.speaker.vectors import facts_by_id
 
 COSTS = (0.01, 0.05)  # target priors of the reported minDCF
+FALSE_ACCEPT_RATES = (0.1, 0.05, 0.01)  # whose thresholds are written down
 
 
 class EvaluateConfig(Config):
@@ -209,7 +210,8 @@ def _report(
     found: dict[str, Any] = dict(zip(systems, figures, strict=True))
     for system, values in plain.items():
         found[system]["eer_cosine"] = 100.0 * metrics.equal_error_rate(values, trials.target)
-    calibration = {name: thresholds(values, trials.target) for name, values in scores.items()}
+    cosines = {name: plain.get(name, values) for name, values in scores.items() if name != "fusion"}
+    calibration = {name: calibrate(values, trials.target) for name, values in cosines.items()}
     out.metrics(**{section: found})
     out.json(f"calibration_{section}", calibration)
     columns: dict[str, Any] = {
@@ -218,7 +220,9 @@ def _report(
         "target": pa.array(trials.target),
         "corpus": trials.corpus.tolist(),
     }
-    out.table(f"scores_{section}", columns | {name: scores[name] for name in scores})
+    columns.update(scores)
+    columns.update({f"{name}_cosine": values for name, values in plain.items()})
+    out.table(f"scores_{section}", columns)
     out.figure(f"det_{section}", det_figure(scores, trials.target))
     out.figure(f"scores_{section}", score_figure(scores, trials.target))
 
@@ -253,19 +257,33 @@ def system_metrics(
     }
 
 
-def thresholds(scores: np.ndarray, target: np.ndarray) -> dict[str, float]:
-    """Score thresholds: at the equal error rate, and at chosen false-accept rates."""
-    from goldcrest.kernels.metrics.verification import det_curve
+def calibrate(scores: np.ndarray, target: np.ndarray) -> dict[str, Any]:
+    """What a server needs to know of plain scores (K,): thresholds, and their histogram.
+
+    Thresholds are those of the equal error rate and of chosen false-accept rates.
+    """
+    from goldcrest.kernels.metrics.verification import det_curve, equal_error_rate
 
     curve = det_curve(scores, target)
     finite = np.isfinite(curve.thresholds)
     values, far = curve.thresholds[finite], curve.far[finite]
     equal = int(np.argmin(np.abs(curve.frr[finite] - far)))
     chosen = {"eer": float(values[equal])}
-    for rate in (0.1, 0.05, 0.01):
+    for rate in FALSE_ACCEPT_RATES:
         allowed = np.flatnonzero(far <= rate)
         chosen[f"far_{rate}"] = float(values[allowed[0]] if len(allowed) else values[-1])
-    return chosen
+    edges = np.linspace(float(scores.min()) - 1e-6, float(scores.max()) + 1e-6, 51)
+    return {
+        "score": "cosine",
+        "eer": 100.0 * equal_error_rate(scores, target),
+        "trials": len(scores),
+        "thresholds": chosen,
+        "histogram": {
+            "edges": edges.tolist(),
+            "target": np.histogram(scores[target], edges)[0].tolist(),
+            "nontarget": np.histogram(scores[~target], edges)[0].tolist(),
+        },
+    }
 
 
 def det_figure(scores: Mapping[str, np.ndarray], target: np.ndarray) -> Any:

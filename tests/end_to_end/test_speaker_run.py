@@ -165,7 +165,7 @@ def test_a_flipped_bit_is_found_and_the_step_made_again(first: dict[str, Any]) -
         cwd=folder,
     )
     mended = json.loads((folder / "mended.json").read_text())
-    assert {step["name"]: step["state"] for step in mended["steps"]}["int8"] == "ran"
+    assert {step["name"]: step["state"] for step in mended["steps"]}["bundle-int8"] == "ran"
     assert weights.read_bytes() == good
     goldcrest("artifacts", "verify", "--store", "store", cwd=folder)
 

@@ -16,7 +16,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 def test_speaker_configs_load_and_build(path: Path) -> None:
     cfg = load_config(speaker.Config, file=path)
     nodes = speaker.build(cfg)
-    assert len(nodes) == len(cfg.compare) + 1
+    assert len(nodes) == len(cfg.compare) + 3  # and the three bundles
 
 
 def test_the_variants_are_there() -> None:

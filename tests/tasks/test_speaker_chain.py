@@ -36,6 +36,7 @@ from goldcrest.tasks.speaker.ivector import IvectorConfig, ivector
 from goldcrest.tasks.speaker.labels import compact
 from goldcrest.tasks.speaker.prepare import PrepareConfig, prepare
 from goldcrest.tasks.speaker.pretrain import PretrainConfig, pretrain
+from goldcrest.tasks.speaker.publish import PublishConfig, publish
 from goldcrest.tasks.speaker.quantize import QuantizeConfig, quantize
 from goldcrest.tasks.speaker.sparse_finetune import SparseConfig, sparse_finetune
 from goldcrest.tasks.speaker.trials import given_trials
@@ -362,6 +363,46 @@ def test_evaluation_reports_every_system(chain: dict[str, Artifact]) -> None:
     assert metrics["models"]["dense"]["parameters"] == metrics["models"]["sparse"]["parameters"]
     speed = chain["evaluate"].manifest["measurements"]["models"]
     assert all(speed[name]["latency_ms_p50"] > 0 for name in ("dense", "sparse", "int8"))
+
+
+def test_a_published_bundle_carries_thresholds_and_a_card_with_error_rates(
+    chain: dict[str, Artifact], run_task
+) -> None:
+    scores = chain["evaluate"].table("scores_verification")
+    target = np.array(scores["target"])
+    for form in ("dense", "sparse", "int8"):
+        made = run_task(publish, PublishConfig(licence="CC0"), chain[form], chain["evaluate"])
+        wave = np.linspace(-0.1, 0.1, 16_000, dtype=np.float32)
+        before = load_bundle(chain[form].path).embed_waveform(wave)
+        assert np.array_equal(load_bundle(made.path).embed_waveform(wave), before)
+        known = made.json("calibration")
+        assert (known["system"], known["score"], known["trials"]) == (form, "cosine", len(target))
+        histogram = known["histogram"]
+        assert sum(histogram["target"]) == target.sum()
+        assert sum(histogram["nontarget"]) == (~target).sum()
+        # At the threshold of the equal error rate as many are wrongly accepted as rejected.
+        cosine = np.array(scores[f"{form}_cosine"])
+        accepted = cosine >= known["thresholds"]["eer"]
+        rates = accepted[~target].mean(), (~accepted)[target].mean()
+        steps = 1 / target.sum() + 1 / (~target).sum()
+        assert abs(rates[0] - rates[1]) <= steps
+        assert (cosine[~target] >= known["thresholds"]["far_0.1"]).mean() <= 0.1
+        card = (made.path / "MODEL_CARD.md").read_text("utf-8")
+        reported = chain["evaluate"].metrics["verification"][form]
+        assert f"| equal error rate, unseen speakers | {reported['eer']:.2f} %" in card
+        assert known["eer"] == reported["eer_cosine"]
+        assert "Licence: CC0." in card
+
+
+def test_without_labels_a_bundle_has_no_thresholds(chain: dict[str, Artifact], run_task) -> None:
+    corpus = relabelled(chain["corpus"], "unlabelled", None)
+    inputs = [chain[n] for n in ("features", "ivectors", "dense")]
+    cfg = EvaluateConfig(bootstrap=10, timed_utterances=1)
+    evaluation = run_task(evaluate, cfg, corpus, *inputs, None, None)
+    made = run_task(publish, PublishConfig(), chain["dense"], evaluation)
+    assert "calibration.json" not in made
+    assert "equal error rate" not in (made.path / "MODEL_CARD.md").read_text("utf-8")
+    assert made.json("bundle")["measured"]["bytes"] > 0
 
 
 def test_unseen_trials_hold_no_training_speaker(chain: dict[str, Artifact]) -> None:
