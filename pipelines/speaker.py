@@ -167,10 +167,13 @@ class _Clusterer:
         }
         other = candidates.reference.model_copy(update={"clusters": base.clusters})
         reference = next((node for each, node in compared if each == other), None)
+        if reference is None:
+            other = other.model_copy(update={"label": (other.label or other.method) + suffix})
+            reference = self.one(other, vectors, f"reference{suffix}")
         return choose_labels.bind(
             ChooseLabelsConfig(label=label, candidates=candidates),
             vectors,
-            reference or self.one(other, vectors, f"reference{suffix}"),
+            reference,
             self.corpus,
             name=f"cluster{suffix}",
             **tried,

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from goldcrest.cluster.config_file import load_config
+from goldcrest.cluster.dag import walk
+from goldcrest.cluster.keys import Fingerprints
 from goldcrest.pipelines import speaker
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -56,3 +58,17 @@ def test_every_field_is_documented() -> None:
 
     check(speaker.Config)
     assert len(seen) > 8
+
+
+def test_rounds_and_candidates_have_names_and_labels_of_their_own() -> None:
+    base = load_config(speaker.Config, file=CONFIGS / "speaker" / "tiny.yaml").model_dump()
+    two = base | {"rounds": 2, "candidates": {"changes": [{}, {"mu": 2.0}], "seeds": 2}}
+    cfg = speaker.Config.model_validate(two)
+    steps = walk(speaker.build(cfg), fingerprints=Fingerprints(Path("/nowhere/cache")))
+    clusterings = [step for step in steps if step.task.name == "cluster"]
+    assert len([step for step in clusterings if step.name.startswith("candidate")]) == 8
+    assert {"cluster", "cluster-round-2", "reference-round-2"} <= {step.name for step in steps}
+    labels = [step.config.label or step.config.method for step in clusterings]  # type: ignore[attr-defined]
+    assert len(set(labels)) == len(labels)
+    with pytest.raises(ValueError, match="nu"):
+        speaker.Config.model_validate(base | {"candidates": {"changes": [{"nu": 1}]}})
