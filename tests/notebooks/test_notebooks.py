@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom in a fresh process, and keeps no outputs that could lie."""
+"""Every notebook runs from top to bottom in a fresh process, and keeps no outputs that lie."""
 
 from __future__ import annotations
 
