@@ -256,7 +256,7 @@ def system_metrics(
         "eer_ci": [100.0 * interval.low, 100.0 * interval.high],
         **{f"min_dcf_{prior}": metrics.min_dcf(scores, target, prior) for prior in COSTS},
         "trials": len(scores),
-        "eer_by_corpus": by_corpus,
+        **({"eer_by_corpus": by_corpus} if len(by_corpus) > 1 else {}),
     }
 
 
