@@ -80,14 +80,10 @@ def clustering(runs: list[Run]) -> Iterator[Row]:
 
 
 def models(runs: list[Run]) -> Iterator[Row]:
-    """Size and speed of the bundles."""
+    """Size of the bundles; their latency is a row of bench.csv, measured on a quiet machine."""
     for name in ("dense", "sparse", "int8"):
         size = runs[0]["metrics"]["models"][name]["bytes"]
         yield row(f"bundle, {name}", f"{size:,}", "bytes", f"{RUN}, N = 0")
-        times = over_seeds(runs, lambda m, n=name: m["models"][n]["latency_ms_p50"])
-        yield row(f"latency per utterance, {name}", times, "ms", RUN)
-    minutes = over_seeds([{"metrics": run} for run in runs], lambda run: run["seconds"] / 60, 0)
-    yield row("whole run, two at once on the machine", minutes, "min", RUN)
 
 
 def collect(folder: Path) -> list[Row]:
