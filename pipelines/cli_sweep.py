@@ -123,7 +123,7 @@ def sweep(
     json_file: JsonOption = None,
 ) -> None:
     """Search a space of configs; trials share every step that they have in common."""
-    frame = {
+    frame: dict[str, Any] = {
         "sweep": name,
         "pipeline": pipeline,
         "metric": metric,
