@@ -40,7 +40,6 @@ class LearnConfig(Config):
     kind: str | dict | None = Field("plain", description="plain, or anything else, which is worse")
     epochs: int = Field(4, ge=1, description="rows of the curve")
     fail_above: float = Field(100.0, description="a rate above it fails")
-    crash_once: Annotated[str, DoesNotChangeResult] = Field("", description="kills its driver")
     seconds: Annotated[float, DoesNotChangeResult] = Field(0.0, description="per epoch")
     marks: Annotated[str, DoesNotChangeResult] = Field("", description="folder of the marks")
     training: TrainingConfig = Field(TrainingConfig(epochs=1), description="marks it as training")
@@ -59,9 +58,9 @@ def _mark(folder: str, step: str) -> None:
         (Path(folder) / f"{step}-{os.getpid()}-{secrets.token_hex(3)}").touch()
 
 
-@task(cpus=1)
+@task(cpus=2)
 def prefix(cfg: PrefixConfig, out: Output) -> None:
-    """Takes its time."""
+    """Takes its time and both cores."""
     _mark(cfg.marks, "prefix")
     time.sleep(cfg.seconds)
     out.json("number", cfg.speakers)

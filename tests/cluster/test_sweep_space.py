@@ -89,7 +89,7 @@ def test_a_small_space_gives_every_point_once() -> None:
     assert grid[:3] == [{"a": 1, "b": "x"}, {"a": 1, "b": "y"}, {"a": 1, "b": None}]
     assert sorted(map(str, grid)) == sorted(map(str, points))
     assert space.grid_points(4) == grid[:4]
-    with pytest.raises(InputError, match="'learn.rate' is a range, and a grid needs lists"):
+    with pytest.raises(InputError, match=r"'learn\.rate' is a range, and a grid needs lists"):
         Space.parse(FULL).grid_points(None)
 
 
