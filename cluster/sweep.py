@@ -22,7 +22,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -31,10 +31,10 @@ from goldcrest.cluster.errors import GoldcrestError
 from goldcrest.cluster.events import Failure, Listener, RunFinished, RunResult, RunStarted
 from goldcrest.cluster.masking import is_secret_name, mask_secrets
 from goldcrest.cluster.plan import Plan, pipeline_name
-from goldcrest.cluster.profile import Profile, attach
+from goldcrest.cluster.profile import Profile, attach, check_placement, running_nodes
 from goldcrest.cluster.report import write_text
 from goldcrest.cluster.run_record import EventFile, Notifier
-from goldcrest.cluster.sweep_plan import SweepOptions, SweepPlan, check_profile, plan_sweep
+from goldcrest.cluster.sweep_plan import SweepOptions, SweepPlan, plan_sweep
 from goldcrest.cluster.sweep_record import SweepRecord, SweepResult, TrialResult
 from goldcrest.cluster.sweep_space import Space
 
@@ -74,17 +74,21 @@ def sweep(
     profile: Profile | None = None,
     listeners: Sequence[Listener] = (),
     name: str | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> SweepResult:
     """Search `space` around the config in `tree` (plain values) for the best metric.
 
     `pipeline` is a module (or class) with `Config` and `build`; `name` names the sweep, by default
-    after what is asked, so that the same command goes on where it was. Raises InputError before
-    anything starts where space, config, options or profile are wrong, and SweepInterrupted after
-    Ctrl-C. Trials that fail, and a metric that no trial has, are part of the result.
+    after what is asked, so that the same command goes on where it was; `say` is told what the sweep
+    waits for. Raises InputError before anything starts where space, config, options or profile are
+    wrong, and SweepInterrupted after Ctrl-C. Trials that fail, and a metric that no trial has, are
+    part of the result.
     """
-    plan = plan_sweep(pipeline, tree, space, options, name=name)
+    profile = profile or Profile()
+    plan = plan_sweep(pipeline, tree, space, options, profile=profile, name=name)
     record = SweepRecord(store.run_folder(plan.name))
-    with store.lease(plan.asked, owner=f"sweep {plan.name}"):  # the same twice: one waits
+    # The same sweep started twice: one waits, and then finds everything done.
+    with store.lease(plan.asked, owner=f"sweep {plan.name}", wait=say):
         record.claim({"asked": plan.asked, "sweep": plan.name, **plan.facts})
         running = _Sweep(
             plan=plan,
@@ -93,7 +97,7 @@ def sweep(
             space=space,
             options=options,
             store=store,
-            profile=profile or Profile(),
+            profile=profile,
             record=record,
             notify=Notifier([EventFile(record.folder / "events.jsonl"), *listeners]),
         )
@@ -128,7 +132,7 @@ class _Sweep:
 
         mode = attach(self.profile)
         try:
-            check_profile(self.plan, self.profile)
+            check_placement(self.plan.steps, running_nodes(), self.profile)
             self._tell_start()
             self._tune()
         except GoldcrestError as error:

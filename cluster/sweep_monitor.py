@@ -58,8 +58,8 @@ class Monitor(Callback):
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """A trial begins, or begins again after its actor was lost."""
         number, values = _point(trial)
-        result = TrialResult(number=number, config=values, run=self.job.run_id(number))
-        self.trials[number] = result
+        new = TrialResult(number=number, config=values, run=self.job.run_id(number))
+        result = self.trials.setdefault(number, new)
         self._started[number] = time.monotonic()
         if "replay" not in trial.config:
             self.record.note(result)
@@ -72,7 +72,8 @@ class Monitor(Callback):
         known = self.trials[_point(trial)[0]]
         self._totals[known.number] = result.get("total", self._totals.get(known.number, 0))
         if result.get("steps"):
-            known.steps |= result["steps"]
+            done = {step for step, state in known.steps.items() if state == "ran"}
+            known.steps |= {s: state for s, state in result["steps"].items() if s not in done}
             self._progress(known)
         if "score" in result:
             self._row(known, int(result["rows"]), float(result["score"]))

@@ -62,7 +62,13 @@ class SweepPlan:
 
 
 def plan_sweep(
-    pipeline: Any, tree: Tree, space: Space, options: SweepOptions, *, name: str | None = None
+    pipeline: Any,
+    tree: Tree,
+    space: Space,
+    options: SweepOptions,
+    *,
+    profile: Profile | None = None,
+    name: str | None = None,
 ) -> SweepPlan:
     """Check everything that can be checked without running a trial; InputError says what is wrong.
 
@@ -74,7 +80,7 @@ def plan_sweep(
     points = _points(space, options)
     drawn = points or space.random_points(_CHECKED, options.seed)
     space.check(pipeline.Config, tree, drawn)
-    steps, touched = _probe(pipeline, tree, space, drawn[:_PROBED])
+    steps, touched = _probe(pipeline, tree, space, drawn[:_PROBED], profile or Profile())
     facts = {
         "pipeline": str(getattr(pipeline, "__name__", pipeline)),
         "config": tree,
@@ -118,7 +124,7 @@ def _check_optuna() -> None:
 
 
 def _probe(
-    pipeline: Any, tree: Tree, space: Space, points: Sequence[Values]
+    pipeline: Any, tree: Tree, space: Space, points: Sequence[Values], profile: Profile
 ) -> tuple[list[Step], list[str]]:
     """The steps of the first point, and the names of those that differ between the points.
 
@@ -129,7 +135,9 @@ def _probe(
     keys: dict[str, set[str]] = {}
     for values in points:
         config = space.configure(pipeline.Config, tree, values, where=space.where)
-        steps = walk(pipeline.build(config), fingerprints=fingerprints)
+        steps = walk(
+            pipeline.build(config), fingerprints=fingerprints, overrides=profile.overrides()
+        )
         first = first or steps
         for step in steps:
             keys.setdefault(step.name, set()).add(step.key)
@@ -159,10 +167,3 @@ def _trains(step: Step) -> bool:
     """Whether the step's config sets up the training engine."""
     values = (getattr(step.config, name) for name in type(step.config).model_fields)
     return any(isinstance(value, TrainingConfig) for value in values)
-
-
-def check_profile(plan: SweepPlan, profile: Profile) -> None:
-    """Refuse steps that no node of the attached Ray can run; every trial would fail for that."""
-    from goldcrest.cluster.profile import check_placement, running_nodes
-
-    check_placement(plan.steps, running_nodes(), profile)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from goldcrest.cluster.masking import mask_secrets, mask_text
 from goldcrest.pipelines.cli_common import (
     FAILED,
     AddressOption,
@@ -171,9 +172,10 @@ def sweep(
                     profile=make_profile(profile, address),
                     listeners=listeners,
                     name=check_run_name(name) if name is not None else None,
+                    say=warn,
                 )
             except SweepInterrupted as interrupted:
-                answer.value = interrupted.result.as_json()
+                answer.value = mask_secrets(interrupted.result.as_json())
                 raise
         _show(answer, result)
 
@@ -207,7 +209,7 @@ def _show(answer: Answer, result: SweepResult) -> None:
     """The end of a sweep: the best trials, what was saved, where everything lies."""
     from goldcrest.cluster.progress import duration
 
-    answer.value = result.as_json()
+    answer.value = mask_secrets(result.as_json())
     answer.code = 0 if result.status == "succeeded" else FAILED
     sign = 1.0 if result.mode == "max" else -1.0
     order = sorted(result.trials, key=lambda t: (t.metric is None, -sign * (t.metric or 0.0)))
@@ -226,13 +228,13 @@ def _show(answer: Answer, result: SweepResult) -> None:
     ran, cached = result.executions["ran"], result.executions["cached"]
     say(f"step executions: {ran} ran, {cached} saved")
     if result.error is not None:
-        say(f"error: {result.error.message}", style="red", error=True)
+        say(f"error: {mask_text(result.error.message)}", style="red", error=True)
         if result.error.hint:
-            say(f"       {result.error.hint}", error=True)
+            say(f"       {mask_text(result.error.hint)}", error=True)
     elif "failed" in states:
         failed = next(trial for trial in result.trials if trial.failure)
         reason = failed.failure.message if failed.failure else ""
-        warn(f"{states.count('failed')} trials failed; the first one: {reason}")
+        warn(f"{states.count('failed')} trials failed; the first one: {mask_text(reason)}")
     if result.best_config:
         say(f"best config: {result.best_config}")
     if result.report:
@@ -242,5 +244,6 @@ def _show(answer: Answer, result: SweepResult) -> None:
 def _row(trial: TrialResult, fields: list[str]) -> list[str]:
     from goldcrest.cluster.report import show
 
-    values = [str(trial.config[field]) for field in fields]
+    config = mask_secrets(trial.config)
+    values = [str(config[field]) for field in fields]
     return [str(trial.number), trial.state, show(trial.metric), *values]

@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 import time
 from collections import Counter
@@ -20,7 +22,7 @@ from goldcrest.cluster.errors import InputError
 from goldcrest.cluster.events import Event, RunFinished, RunStarted, StepChanged, StepLog
 from goldcrest.cluster.profile import Profile
 from goldcrest.cluster.store import Store
-from goldcrest.cluster.sweep import sweep
+from goldcrest.cluster.sweep import SweepInterrupted, sweep
 from goldcrest.cluster.sweep_plan import SweepOptions
 from goldcrest.cluster.sweep_record import SweepResult
 from goldcrest.cluster.sweep_space import Space
@@ -66,8 +68,10 @@ class Lab:
     def executed(self) -> Counter[str]:
         return Counter(path.name.split("-")[0] for path in self.marks.iterdir())
 
-    def leases(self) -> list[Path]:
-        return list((self.store.root / "leases").glob("*/*.json"))
+    def leases(self) -> list[str]:
+        """Keys that a live process holds."""
+        keys = [path.name for path in (self.store.root / "leases").iterdir()]
+        return [key for key in keys if self.store.leases.held(key) is not None]
 
 
 @pytest.fixture
@@ -248,6 +252,27 @@ def test_asha_stops_the_worse_whose_steps_end(ray_cluster: None, lab: Lab) -> No
     assert lab.executed()["learn"] == 5
 
 
+def test_ctrl_c_ends_the_trials_in_good_order(ray_cluster: None, lab: Lab) -> None:
+    class Impatient:
+        def on_event(self, event: Event) -> None:
+            if isinstance(event, StepLog) and event.index == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    space = {"learn.rate": {"grid": [0.3, 0.4, 0.5]}}
+    learn = {"epochs": 200, "seconds": 0.2}
+    with pytest.raises(SweepInterrupted) as stopped:
+        lab.sweep(space, search="grid", parallel=1, learn=learn, listeners=(Impatient(),))
+    result = stopped.value.result
+    assert result.status == "interrupted"
+    assert [trial.state for trial in result.trials] == ["interrupted"]
+    assert lab.executed() == {"prefix": 1, "second": 1, "learn": 1}
+    assert not lab.leases()
+    assert free_cores() == 2
+    record = json.loads((lab.store.run_folder(result.trials[0].run) / "run.json").read_text())
+    assert record["status"] == "interrupted"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [{"search": "optuna"}, {"scheduler": "pbt", "grace": 2}])
 def test_a_search_that_learns(ray_cluster: None, lab: Lab, how: dict[str, Any]) -> None:
     space = {"learn.rate": {"uniform": [0.1, 1.0]}, "learn.kind": {"choice": ["plain", {"a": 1}]}}
@@ -276,6 +301,7 @@ def test_what_no_node_can_run_is_refused_before_any_trial(ray_cluster: None, lab
     assert not lab.executed()
 
 
+@pytest.mark.slow
 def test_two_commands_of_one_sweep_do_the_work_once(ray_cluster: None, lab: Lab) -> None:
     space = {"learn.rate": {"grid": [0.2, 0.4]}}
     other = Lab(lab.marks.parent)
