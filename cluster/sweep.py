@@ -197,6 +197,7 @@ class _Sweep:
                     verbose=0,
                 ),
             ).fit()
+        self.monitor.close()
 
     def _job(self) -> Any:
         from goldcrest.cluster.sweep_trial import Goal, Job, Watch

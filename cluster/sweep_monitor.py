@@ -81,10 +81,10 @@ class Monitor(Callback):
             self._end(known, result["end"])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        """A trial ended by itself, or was stopped by the scheduler or with the sweep."""
+        """A trial ended by itself, or was stopped by the scheduler."""
         known = self.trials.get(_point(trial)[0])
-        if known is not None and known.state == "running":
-            self._end(known, {"state": "interrupted" if self.ending else "stopped"})
+        if known is not None and known.state == "running" and not self.ending:
+            self._end(known, {"state": "stopped"})
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """A trial's own process was lost again and again."""
@@ -92,6 +92,12 @@ class Monitor(Callback):
         if known is not None and known.state == "running":
             error = "its process was lost again and again"
             self._end(known, {"state": "failed", "error": error, "hint": "look at the head node"})
+
+    def close(self) -> None:
+        """Tune has ended: of the trials that end with the sweep it says no word."""
+        for known in self.trials.values():
+            if known.state == "running":
+                self._end(known, {"state": "interrupted"})
 
     # ------------------------------------------------------------------- told to the listeners
 

@@ -30,7 +30,7 @@ from goldcrest.cluster.sweep_space import Axis, Space
 
 LEAST_TRIALS = 8
 """Finished trials below which an importance would be a guess."""
-_MOST_CURVES = 24
+_MOST_CURVES = 12
 _MOST_TICKS = 8
 
 

@@ -213,6 +213,7 @@ def test_a_metric_that_is_not_there_ends_the_sweep_at_its_first_trial(
     assert result.error.hint == "its metrics are: verification.dense.eer"
     assert result.best is None
     assert lab.executed()["measure"] <= 2  # the next one may have begun
+    assert {trial.state for trial in result.trials[1:]} <= {"interrupted"}
 
 
 def test_asha_stops_the_worse_whose_steps_end(ray_cluster: None, lab: Lab) -> None:
