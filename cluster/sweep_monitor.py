@@ -116,9 +116,9 @@ class Monitor(Callback):
         )
 
     def _row(self, known: TrialResult, rows: int, score: float) -> None:
-        if rows <= len(known.scores):
+        if known.scores and rows <= known.scores[-1][0]:
             return  # told before its actor was lost
-        known.scores.append(score)
+        known.scores.append((rows, score))
         row = {"score": score}
         self.notify(StepLog(run_id=self.job.sweep, step=_name(known), index=rows - 1, row=row))
 
@@ -141,7 +141,7 @@ class Monitor(Callback):
 
     def _why(self, known: TrialResult) -> str:
         if known.state == "stopped":
-            return f"stopped by {self.scheduler} after {len(known.scores)} rows"
+            return f"stopped by {self.scheduler} after row {known.rows}"
         if known.state == "interrupted":
             return "the sweep ended before"
         return known.failure.message if known.failure else _words(known.config)

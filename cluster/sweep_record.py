@@ -42,10 +42,15 @@ class TrialResult:
     state: TrialState = "running"
     metric: float | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
-    scores: list[float] = field(default_factory=list)  # of the watched curve, larger is better
+    scores: list[tuple[int, float]] = field(default_factory=list)  # (row, score): larger is better
     steps: dict[str, str] = field(default_factory=dict)  # step -> its state in this command
     failure: Failure | None = None
     seconds: float = 0.0
+
+    @property
+    def rows(self) -> int:
+        """How far its watched curve has come."""
+        return self.scores[-1][0] if self.scores else 0
 
     def as_json(self) -> dict[str, Any]:
         """The stable JSON of a trial."""
@@ -56,7 +61,7 @@ class TrialResult:
             "state": self.state,
             "run": self.run,
             "seconds": round(self.seconds, 3),
-            "rows": len(self.scores),
+            "rows": self.rows,
             "error": self.failure.message if self.failure else None,
         }
 
@@ -118,7 +123,7 @@ class Replay:
     """A trial that the scheduler stopped in an earlier attempt."""
 
     values: Values
-    scores: list[float]
+    scores: list[tuple[int, float]]
 
 
 class SweepRecord:
@@ -175,5 +180,5 @@ class SweepRecord:
 def _checked(facts: dict[str, Any], space: Space) -> dict[str, Any]:
     """A line of the record, if it is a point of this space; else a ValueError or KeyError."""
     config = space.decode(space.encode(facts["config"]))
-    scores = [float(score) for score in facts["scores"]]
+    scores = [(int(row), float(score)) for row, score in facts["scores"]]
     return {"config": config, "scores": scores, "state": str(facts["state"])}

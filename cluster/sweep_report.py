@@ -67,7 +67,7 @@ def render(folder: Path, result: SweepResult, space: Space) -> str:
         else f"told from {LEAST_TRIALS} finished trials on; there are {len(finished)}",
         finished=len(finished),
         curves=[
-            draw_curve(f"trial {trial.number}", list(enumerate(trial.scores, 1)))
+            draw_curve(f"trial {trial.number}", trial.scores)
             for trial in result.trials[:_MOST_CURVES]
             if len(trial.scores) > 1
         ],

@@ -8,7 +8,7 @@ lease first; the others find it.
 What the run tells becomes Tune results, in this order:
 
     {"steps": {...}}                       steps that changed their state
-    {"rows": n, "score": x, "steps": ...}  one row of the watched curve; larger scores are better
+    {"rows": n, "score": x, "steps": ...}  row n of the watched curve; larger scores are better
     {"done": True, "end": {...}, "objective": x}   the metric, negated where less is better
 
 A trial that Tune stops ends its run as Ctrl-C does: its steps are cancelled, so their cores and
@@ -146,8 +146,8 @@ def _start(job: Job, config: Mapping[str, Any]) -> _Replay | _Trial:
 class _Replay:
     """A trial that was stopped before the sweep was killed: its scores are told again, not run."""
 
-    def __init__(self, scores: list[float]) -> None:
-        self._scores = list(enumerate(scores, 1))
+    def __init__(self, scores: list[Any]) -> None:
+        self._scores = list(scores)
 
     def next(self) -> dict[str, Any]:
         """One recorded score, at last the end."""
@@ -167,7 +167,6 @@ class _Trial:
         self._job, self._number, self._values = job, number, values
         self._told: queue.Queue[dict[str, Any]] = queue.Queue()
         self._stop = threading.Event()
-        self._ended = False
         self._thread = threading.Thread(target=self._work, name=f"trial {number}", daemon=True)
         self._thread.start()
 
@@ -256,9 +255,15 @@ class _Reporter:
 
     def _row(self, step: str, row: Mapping[str, float], **more: Any) -> None:
         score = self.watch.score(step, row)
-        if score is not None:
-            self.rows += 1
-            self.told.put({"rows": self.rows, "score": score, **more})
+        if score is None:
+            return
+        at = self.rows + 1
+        if len(self.watch.steps) == 1 and "epoch" in row:
+            # A training that goes on from a checkpoint begins later, or tells an epoch again.
+            at = int(row["epoch"]) + 1
+        if at > self.rows:
+            self.rows = at
+            self.told.put({"rows": at, "score": score, **more})
 
     def _replay(self, step: str, artifact: Path) -> None:
         """The curve of a step that needed no work; `replayed`, so that it stops no trial."""

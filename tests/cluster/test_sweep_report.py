@@ -30,7 +30,7 @@ def trials(count: int, mode: str = "min") -> list[TrialResult]:
         depth = float(config["learn.depth"])
         metric = depth if mode == "min" else -depth
         trial = TrialResult(number=number, config=config, run=f"s-{number:03d}")
-        trial.state, trial.metric, trial.scores = "succeeded", metric, [-2.0, -1.0]
+        trial.state, trial.metric, trial.scores = "succeeded", metric, [(1, -2.0), (5, -1.0)]
         made.append(trial)
     return made
 
@@ -100,6 +100,6 @@ def test_a_record_is_read_up_to_what_is_damaged(tmp_path: Path) -> None:
     points, stopped = record.earlier(SPACE)
     assert points == [found[0].config, found[1].config]
     assert stopped.keys() == {1}
-    assert stopped[1].scores == [-2.0, -1.0]
+    assert stopped[1].scores == [(1, -2.0), (5, -1.0)]
     (tmp_path / "trials.jsonl").write_bytes(b"\xff\x00\n[1]\n7\n")
     assert record.earlier(SPACE) == ([], {})

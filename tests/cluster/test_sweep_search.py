@@ -41,12 +41,16 @@ def options(**more: Any) -> SweepOptions:
 def test_known_points_come_in_order_and_stopped_ones_are_replayed() -> None:
     points = SPACE.random_points(3, 0)
     replays = {
-        1: Replay(values=points[1], scores=[-1.0, -0.5]),
-        2: Replay(values=points[0], scores=[-9.0]),  # of a space that was another
+        1: Replay(values=points[1], scores=[(1, -1.0), (2, -0.5)]),
+        2: Replay(values=points[0], scores=[(1, -9.0)]),  # of a space that was another
     }
     search = make_search(options(trials=3), SPACE, points, [], replays)
     assert search.suggest("a") == {"number": 0, "values": points[0]}
-    assert search.suggest("b") == {"number": 1, "values": points[1], "replay": [-1.0, -0.5]}
+    assert search.suggest("b") == {
+        "number": 1,
+        "values": points[1],
+        "replay": [(1, -1.0), (2, -0.5)],
+    }
     assert search.suggest("c") == {"number": 2, "values": points[2]}
     assert search.suggest("d") == Searcher.FINISHED
 
@@ -199,3 +203,25 @@ def test_optuna_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(InputError, match="Optuna, which is not installed") as refused:
         plan_sweep(sweep_toys, {}, SPACE, options(trials=2, search="optuna"))
     assert "goldcrest[sweep]" in (refused.value.hint or "")
+
+
+def test_rows_are_counted_by_epoch_so_that_a_resumed_training_is_compared_rightly() -> None:
+    import queue
+
+    from goldcrest.cluster.events import StepLog
+    from goldcrest.cluster.sweep_trial import _Reporter
+
+    def told(steps: tuple[str, ...], epochs: list[float]) -> list[int]:
+        heard: queue.Queue[dict[str, Any]] = queue.Queue()
+        watch = Watch(steps=steps, goal=Goal(metric=METRIC))
+        reporter = _Reporter(watch, heard)
+        for index, epoch in enumerate(epochs):
+            row = {"epoch": epoch, "loss": 1.0}
+            reporter.on_event(StepLog(run_id="r", step="train", index=index, row=row))
+        return [heard.get()["rows"] for _ in range(heard.qsize())]
+
+    assert told(("train",), [0, 1, 2]) == [1, 2, 3]
+    assert told(("train",), [5, 6]) == [6, 7]  # goes on from a checkpoint
+    assert told(("train",), [0, 1, 1, 2]) == [1, 2, 3]  # an epoch told again after a lost worker
+    assert told((), [0, 1, 0, 1]) == [1, 2, 3, 4]  # two steps, one after the other
+    assert told(("other",), [0, 1]) == []
