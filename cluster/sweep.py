@@ -19,6 +19,7 @@ import logging
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -281,8 +282,9 @@ class _Sweep:
 
         try:
             result.report = str(write_report(self.record.folder, result, self.space))
-        except (OSError, ValueError) as error:  # a report never fails a sweep
-            logging.getLogger(__name__).warning("the sweep's report was not written: %s", error)
+        except Exception as error:  # noqa: BLE001 - a report never fails a sweep
+            reason = f"{type(error).__name__}: {error}"
+            sys.stderr.write(f"goldcrest: the sweep's report was not written: {reason}\n")
 
 
 def _trial_name(trial: Any) -> str:

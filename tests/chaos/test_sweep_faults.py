@@ -40,6 +40,7 @@ def test_a_killed_sweep_goes_on_from_the_store(ray_cluster: None, tmp_path: Path
         "learn": {"marks": str(marks), "epochs": 10, "seconds": 0.3},
     }
     (tmp_path / "config.yaml").write_text(json.dumps(tree))
+    said = (tmp_path / "said").open("w")
     driver = subprocess.Popen(
         [
             sys.executable, "-m", "goldcrest", "sweep", "tests.cluster.sweep_toys",
@@ -50,8 +51,9 @@ def test_a_killed_sweep_goes_on_from_the_store(ray_cluster: None, tmp_path: Path
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.DEVNULL,
-        stderr=(tmp_path / "said").open("w"),
+        stderr=said,
     )  # fmt: skip
+    said.close()
     record = tmp_path / "store" / "runs" / "killed"
     deadline = time.monotonic() + 240
     finished: list[object] = []
