@@ -87,7 +87,8 @@ def test_a_killed_sweep_goes_on_from_the_store(ray_cluster: None, tmp_path: Path
     again = Counter(path.name.split("-")[0] for path in marks.iterdir()) - before
     assert "prefix" not in again
     assert "second" not in again
-    assert again["learn"] <= 6 - len(finished)
+    # Two were running: the killed driver's Ray may start them once more while it dies.
+    assert again["learn"] <= 6 - len(finished) + 2
     for number in finished:
         states = result.trials[int(str(number))].steps
         assert set(states.values()) == {"cached"}
