@@ -206,15 +206,29 @@ def load_config(
     `fields` are values by dotted name (from command-line options), `overrides` texts of the form
     `field.subfield=value`. Raises InputError that names every field that is wrong.
     """
+    tree = config_tree(file=file, fields=fields, overrides=overrides)
+    return validate(config_class, tree, where=place_of(file))
+
+
+def config_tree(
+    *,
+    file: Path | None = None,
+    fields: Mapping[str, Any] | None = None,
+    overrides: Iterable[str] = (),
+) -> Tree:
+    """What `load_config` validates: the plain values as they were given, without defaults."""
     tree = read_yaml(file) if file is not None else {}
     for dotted, value in (fields or {}).items():
         apply_override(tree, dotted.split("."), value)
     for text in overrides:
         path, value = parse_override(text)
         apply_override(tree, path, value)
-    return validate(
-        config_class, tree, where=str(file) if file is not None else "the configuration"
-    )
+    return tree
+
+
+def place_of(file: Path | None) -> str:
+    """How messages call the configuration that `file` holds."""
+    return str(file) if file is not None else "the configuration"
 
 
 def validate(config_class: type[ConfigT], tree: Mapping[str, Any], *, where: str) -> ConfigT:

@@ -237,19 +237,13 @@ def _change(step: StepFacts, event: Mapping[str, Any], stamp: float) -> None:
 
 def render(events: Iterable[Mapping[str, Any]]) -> str:
     """The report as HTML text."""
-    from jinja2 import Environment, StrictUndefined
-
     run = collect(events)
-    source = Path(__file__).with_name("report_template.html").read_text(encoding="utf-8")
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"number": show, "size": file_size, "duration": duration}
     steps = list(run.steps.values())
     edges = {step.name: [i for i in step.inputs.values() if i in run.steps] for step in steps}
     total = float(run.result.get("seconds") or run.end - run.begin)
     figures = _Figures()
-    return environment.from_string(source).render(
+    return fill_page(
+        "report_template.html",
         run=run,
         steps=steps,
         counts=_counts(steps),
@@ -265,6 +259,21 @@ def render(events: Iterable[Mapping[str, Any]]) -> str:
         config=flatten(run.config),
         packages=_packages(steps),
     )
+
+
+def fill_page(template: str, **values: Any) -> str:
+    """One of our pages filled in: everything is escaped, nothing may be left undefined."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": show, "size": file_size, "duration": duration}
+    return environment.get_template(template).render(**values)
 
 
 def _counts(steps: Sequence[StepFacts]) -> dict[str, int]:

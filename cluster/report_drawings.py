@@ -65,7 +65,7 @@ def draw_dag(edges: Mapping[str, Sequence[str]], facts: Mapping[str, tuple[str, 
     parts = [_edge([place[name] for name in chain]) for chain in chains]
     for step in rank:
         parts.append(_node(step, *facts.get(step, ("waiting", "")), *place[step]))
-    return _svg(width, height, parts, "the steps and what they read", "dag")
+    return svg(width, height, parts, "the steps and what they read", "dag")
 
 
 def _with_bends(
@@ -146,7 +146,8 @@ def _node(step: str, state: str, line: str, x: float, y: float) -> Markup:
     )
 
 
-def _svg(width: float, height: float, parts: Iterable[Markup], label: str, kind: str) -> Markup:
+def svg(width: float, height: float, parts: Iterable[Markup], label: str, kind: str) -> Markup:
+    """The frame of a drawing: `label` for those who cannot see it, `kind` is its CSS class."""
     return Markup(
         '<svg class="{kind}" viewBox="0 0 {w:.0f} {h:.0f}" style="max-width:{w:.0f}px" role="img" '
         'aria-label="{label}">{body}</svg>'
@@ -205,7 +206,7 @@ def draw_timeline(spans: Sequence[Span], total: float) -> Markup:
                 text=span.text,
             )
         )
-    return _svg(width, height, parts, "when each step ran", "timeline")
+    return svg(width, height, parts, "when each step ran", "timeline")
 
 
 def ticks(total: float, most: int = 7) -> list[float]:
@@ -278,4 +279,4 @@ def draw_curve(name: str, points: Sequence[tuple[float, float]]) -> Markup:
         cx=f"{last_x:.1f}",
         cy=f"{last_y:.1f}",
     )
-    return _svg(width, height, [body], name, "chart")
+    return svg(width, height, [body], name, "chart")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -61,10 +61,12 @@ def run(
     listeners: Sequence[Listener] = (),
     run_id: str | None = None,
     fingerprints: Fingerprints | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> RunResult:
     """Run `pipeline.build(config)`; steps whose results are in the store are not run again.
 
-    `pipeline` is a module (or object) with `build`; `run_id` names the run (to continue a record).
+    `pipeline` is a module (or object) with `build`; `run_id` names the run (to continue a record);
+    `stop` is asked several times a second: once it says True, the run ends as after Ctrl-C.
     A failed step makes a result with status "failed", not an exception. Raises InputError for a
     wrong pipeline, config, input or profile, before any step starts, and KeyboardInterrupt after
     the run was stopped in good order.
@@ -85,7 +87,7 @@ def run(
         profile=profile.model_dump(mode="json", exclude_defaults=True),
     )
     notify = Notifier([EventFile(folder / "events.jsonl"), *listeners])
-    driver = _Driver(plan, store=store, run_id=run_id, folder=folder, notify=notify)
+    driver = _Driver(plan, store=store, run_id=run_id, folder=folder, notify=notify, stop=stop)
     notify(
         RunStarted(run_id=run_id, pipeline=plan.pipeline, plan=plan, config=values, folder=folder)
     )
@@ -119,13 +121,21 @@ class _Driver:
     """The state of one run in the driver's process."""
 
     def __init__(
-        self, plan: Plan, *, store: Store, run_id: str, folder: Path, notify: Notifier
+        self,
+        plan: Plan,
+        *,
+        store: Store,
+        run_id: str,
+        folder: Path,
+        notify: Notifier,
+        stop: Callable[[], bool] | None,
     ) -> None:
         self.plan = plan
         self.store = store
         self.run_id = run_id
         self.folder = folder
         self.notify = notify
+        self.stop = stop or (lambda: False)
         self.failure: Failure | None = None  # of the run itself
         self.states: dict[str, StepState] = {}
         self.seconds: dict[str, float] = {}
@@ -183,6 +193,8 @@ class _Driver:
             options = {
                 **task_options(own_resources(step)),
                 "name": step.name,
+                # A sweep's trial lives in a placement group that has no room for its steps.
+                "scheduling_strategy": "DEFAULT",
                 "max_retries": step.task.retries,
                 "retry_exceptions": list(step.task.retry_on) or False,
             }
@@ -201,6 +213,8 @@ class _Driver:
         import ray
 
         while self._references:
+            if self.stop():
+                raise KeyboardInterrupt
             names = list(self._references)
             ready, _ = ray.wait(list(self._references.values()), num_returns=1, timeout=_POLL)
             for name in names:

@@ -1,4 +1,4 @@
-"""The `goldcrest` command: run, plan, resume, report, artifacts, config, list, doctor, version.
+"""The `goldcrest` command: run, plan, resume, sweep, report, artifacts, config, list and others.
 
     goldcrest run speaker --config tiny -o clustering.settings.mu=4
     goldcrest plan speaker --format mermaid
@@ -14,12 +14,12 @@ import platform
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from goldcrest import __version__
-from goldcrest.pipelines import cli_artifacts, cli_config
+from goldcrest.pipelines import cli_artifacts, cli_config, cli_sweep
 from goldcrest.pipelines.cli_common import (
     FAILED,
     AddressOption,
@@ -32,18 +32,18 @@ from goldcrest.pipelines.cli_common import (
     ProfileOption,
     RunArgument,
     StoreOption,
+    TrackingOption,
+    TrackingUriOption,
     answering,
     check_run_name,
     find_run,
+    make_profile,
     open_store,
     print_table,
     read_record,
     say,
     store_uri,
 )
-
-if TYPE_CHECKING:
-    from goldcrest.cluster.profile import Profile
 
 app = typer.Typer(
     name="goldcrest",
@@ -54,18 +54,7 @@ app = typer.Typer(
 )
 app.add_typer(cli_artifacts.app, name="artifacts")
 app.add_typer(cli_config.app, name="config")
-
-TrackingUriOption = Annotated[
-    str | None,
-    typer.Option(metavar="URI", help="MLflow tracking URI [default: SQLite inside the store]"),
-]
-TrackingOption = Annotated[
-    bool | None,
-    typer.Option(
-        "--tracking/--no-tracking",
-        help="track with MLflow always or never [default: when a step runs]",
-    ),
-]
+app.command()(cli_sweep.sweep)
 
 
 class PlanFormat(StrEnum):
@@ -103,7 +92,7 @@ def run(
             found,
             made,
             store=open_store(store),
-            profile=_profile(profile, address),
+            profile=make_profile(profile, address),
             tracking_uri=tracking_uri,
             tracking=tracking,
             run_id=check_run_name(run_id) if run_id is not None else None,
@@ -133,7 +122,7 @@ def resume(
             found,
             made,
             store=opened,
-            profile=_profile(profile, address, recorded),
+            profile=make_profile(profile, address, recorded),
             tracking_uri=tracking_uri,
             tracking=tracking,
             run_id=name,
@@ -163,7 +152,9 @@ def plan(
     with answering(json_file) as answer:
         found = load_pipeline(pipeline)
         made = cli_config.make_config(found, config, override, corpus, eval_corpus)
-        planned = make_plan(found.module, made, open_store(store), profile=_profile(profile, None))
+        planned = make_plan(
+            found.module, made, open_store(store), profile=make_profile(profile, None)
+        )
         answer.value = planned.as_json()
         if format_ is PlanFormat.mermaid:
             say(planned.mermaid())
@@ -252,20 +243,6 @@ def version(json_file: JsonOption = None) -> None:
     with answering(json_file) as answer:
         answer.value = {"goldcrest": __version__, "python": platform.python_version()}
         say(__version__)
-
-
-def _profile(
-    given: str | None, address: str | None, recorded: dict[str, Any] | None = None
-) -> Profile:
-    """The cluster profile from a file, a name, or a run's record; `address` replaces its own."""
-    from goldcrest.cluster.profile import Profile
-    from goldcrest.pipelines.discovery import find_config
-
-    path = find_config("cluster", given, what="profile")
-    profile = Profile.load(path) if path is not None else Profile(**(recorded or {}))
-    if address is None:
-        return profile
-    return profile.model_copy(update={"ray": profile.ray.model_copy(update={"address": address})})
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

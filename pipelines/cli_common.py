@@ -27,6 +27,7 @@ from goldcrest.cluster.errors import GoldcrestError, InputError
 from goldcrest.cluster.masking import mask_text
 
 if TYPE_CHECKING:
+    from goldcrest.cluster.profile import Profile
     from goldcrest.cluster.store import Store
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
@@ -74,7 +75,17 @@ AddressOption = Annotated[
     str | None,
     typer.Option("--address", help="Ray: local, auto, or the address of a cluster"),
 ]
-
+TrackingUriOption = Annotated[
+    str | None,
+    typer.Option(metavar="URI", help="MLflow tracking URI [default: SQLite inside the store]"),
+]
+TrackingOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--tracking/--no-tracking",
+        help="track with MLflow always or never [default: when a step runs]",
+    ),
+]
 
 _machine_output: list[Path] = []  # holds `-` while a verb's JSON goes to the standard output
 
@@ -222,6 +233,20 @@ def open_store(given: str | None) -> Store:
     from goldcrest.cluster.store import Store
 
     return Store.open(store_uri(given))
+
+
+def make_profile(
+    given: str | None, address: str | None, recorded: dict[str, Any] | None = None
+) -> Profile:
+    """The cluster profile from a file, a name, or a run's record; `address` replaces its own."""
+    from goldcrest.cluster.profile import Profile
+    from goldcrest.pipelines.discovery import find_config
+
+    path = find_config("cluster", given, what="profile")
+    profile = Profile.load(path) if path is not None else Profile(**(recorded or {}))
+    if address is None:
+        return profile
+    return profile.model_copy(update={"ray": profile.ray.model_copy(update={"address": address})})
 
 
 def check_run_name(name: str) -> str:

@@ -57,14 +57,7 @@ def execute(
         listeners: list[Any] = [progress, ReportWriter()]
         if tracking is not False:
             listeners.append(
-                stack.enter_context(
-                    Tracking(
-                        tracking_uri or default_tracking_uri(store.runs_folder),
-                        artifacts=store.runs_folder.parent / "mlflow" / "artifacts",
-                        warn=warn,
-                        always=tracking is True,
-                    )
-                )
+                stack.enter_context(tracker(store, tracking_uri, always=tracking is True))
             )
         try:
             run(
@@ -81,6 +74,16 @@ def execute(
     if last.result is not None:
         show_result(last.result)
         answer.code = 0 if last.result.status == "succeeded" else FAILED
+
+
+def tracker(store: Store, uri: str | None, *, always: bool) -> Tracking:
+    """MLflow as a listener, beside the store unless `uri` names another place."""
+    return Tracking(
+        uri or default_tracking_uri(store.runs_folder),
+        artifacts=store.runs_folder.parent / "mlflow" / "artifacts",
+        warn=warn,
+        always=always,
+    )
 
 
 class _LastResult:
