@@ -1,4 +1,4 @@
-"""The `goldcrest` command: run, plan, resume, report, artifacts, config, list, doctor, version.
+"""The `goldcrest` command: run, plan, resume, serve, report, artifacts, config, list, doctor...
 
     goldcrest run speaker --config tiny -o clustering.settings.mu=4
     goldcrest plan speaker --format mermaid
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from goldcrest import __version__
-from goldcrest.pipelines import cli_artifacts, cli_config
+from goldcrest.pipelines import cli_artifacts, cli_config, cli_serve
 from goldcrest.pipelines.cli_common import (
     FAILED,
     AddressOption,
@@ -54,6 +54,7 @@ app = typer.Typer(
 )
 app.add_typer(cli_artifacts.app, name="artifacts")
 app.add_typer(cli_config.app, name="config")
+app.command("serve")(cli_serve.serve)
 
 TrackingUriOption = Annotated[
     str | None,
