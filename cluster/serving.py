@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
@@ -41,6 +42,9 @@ from goldcrest.cluster.serving_metrics import CONTENT_TYPE, FOLDER_VARIABLE, Req
 
 TOKEN_LENGTH = (
     20  # characters at least: the gate keeps a plain hash, so a token must not be guessed
+)
+_DOCS = jinja2.Environment(autoescape=True).from_string(
+    Path(__file__).with_name("serving_docs.html").read_text("utf-8")
 )
 _QUEUE_FACTOR = 4  # the gate, not the proxy's queue, should be what turns requests away
 
@@ -146,11 +150,31 @@ class Endpoint(ABC):
                 return problem(503, "not_ready", reason, request.scope)
             return JSONResponse({"status": "ready", **facts})
 
+        @router.get("/docs", include_in_schema=False)
+        async def docs(request: Request) -> Response:
+            return page(_DOCS.render(api=request.app.openapi()))
+
         @router.get("/metrics", summary="Metrics in Prometheus' text format")
         async def metrics() -> Response:
             return Response(self.metrics.exposition(), media_type=CONTENT_TYPE)
 
         return router
+
+
+def page(content: str, *, scripts: bool = False) -> Response:
+    """An HTML page that loads nothing from elsewhere and may be framed by nobody."""
+    own = "'self'" if scripts else "'none'"
+    policy = (
+        f"default-src 'none'; style-src 'unsafe-inline'; script-src {own}; connect-src {own}; "
+        "media-src blob:; img-src data:; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
+    )
+    headers = {
+        "Content-Security-Policy": policy,
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+    }
+    return Response(content, media_type="text/html; charset=utf-8", headers=headers)
 
 
 def ingress(endpoint: type[Endpoint], settings: ServingSettings, **options: Any) -> Any:

@@ -22,6 +22,7 @@ from goldcrest.cluster.masking import mask_text
 from goldcrest.pipelines.cli_common import (
     Answer,
     JsonOption,
+    OverrideOption,
     ProfileOption,
     StoreOption,
     answering,
@@ -65,9 +66,6 @@ def serve(
     autoscale: Annotated[
         str | None, typer.Option(metavar="MIN:MAX", help="replicas of the model, by load")
     ] = None,
-    api_replicas: Annotated[int, typer.Option(min=1, help="replicas of the HTTP side")] = 1,
-    max_seconds: Annotated[float, typer.Option(help="longest recording, seconds")] = 60.0,
-    max_requests: Annotated[int, typer.Option(help="requests inside; more get 503 at once")] = 64,
     state: Annotated[Path, typer.Option(metavar="DIR", help="where enrolments are kept")] = Path(
         DEFAULT_STATE
     ),
@@ -76,23 +74,28 @@ def serve(
         Path | None,
         typer.Option(metavar="FILE", help="write a Serve config for `serve deploy`; start nothing"),
     ] = None,
+    override: OverrideOption = None,
     store: StoreOption = None,
     profile: ProfileOption = None,
     json_file: JsonOption = None,
 ) -> None:
     """Serve a speaker bundle over HTTP: enrol, verify, identify, embed."""
+    from goldcrest.cluster.config_file import load_config
+    from goldcrest.pipelines.endpoints.speaker import SpeakerSettings
+
     with answering(json_file) as answer:
         least, most = _range(autoscale) if autoscale is not None else (replicas, None)
-        settings = _settings(
-            token_file=token_file.absolute() if token_file is not None else None,
-            state_folder=state.absolute(),
-            replicas=least,
-            max_replicas=most,
-            api_replicas=api_replicas,
-            max_seconds=max_seconds,
-            max_requests=max_requests,
-            demo=demo,
-            models={"file": str(state.absolute() / MODELS)},
+        settings = load_config(
+            SpeakerSettings,
+            fields={
+                "token_file": str(token_file.absolute()) if token_file is not None else None,
+                "state_folder": str(state.absolute()),
+                "replicas": least,
+                "max_replicas": most,
+                "demo": demo,
+                "models": {"file": str(state.absolute() / MODELS)},
+            },
+            overrides=override or (),
         )
         choice = _choice(bundle, store, threshold, far)
         check(settings, choice, host)
@@ -121,13 +124,6 @@ def _range(text: str) -> tuple[int, int]:
     if not (least.isdecimal() and most.isdecimal() and 1 <= int(least) <= int(most)):
         raise InputError(f"--autoscale {text} is not MIN:MAX", hint="for example --autoscale 1:4")
     return int(least), int(most)
-
-
-def _settings(**given: Any) -> SpeakerSettings:
-    from goldcrest.cluster.config_file import validate
-    from goldcrest.pipelines.endpoints.speaker import SpeakerSettings
-
-    return validate(SpeakerSettings, given, where="the options")
 
 
 # ------------------------------------------------------------------------------------- bundles

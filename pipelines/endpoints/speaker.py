@@ -413,7 +413,7 @@ def unknown(speaker: str) -> HTTPException:
 
 def application(args: SpeakerSettings) -> serve.Application:
     """The Serve application: `import_path: goldcrest.pipelines.endpoints.speaker:application`."""
-    models = serve.deployment(SpeakerModels, name="SpeakerModels", **model_options(args))
+    models: Any = serve.deployment(SpeakerModels, name="SpeakerModels", **model_options(args))
     endpoint = ingress(SpeakerEndpoint, args, user_config=args.models)
     return endpoint.bind(
         args,
