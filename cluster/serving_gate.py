@@ -35,6 +35,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _PLAIN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_HANG_UP = {"Connection": "close"}  # the rest of this body is not waited for
 _NO_ROUTE = "other"  # names that clients make up must not become time series
 
 
@@ -263,11 +264,12 @@ class _Body:
             message = await asyncio.wait_for(self._receive(), left)
         except TimeoutError:
             limit = self._limits.body_seconds
-            raise HTTPException(408, f"the body did not arrive within {limit:g} s") from None
+            said = f"the body did not arrive within {limit:g} s"
+            raise HTTPException(408, said, _HANG_UP) from None
         self._bytes += len(message.get("body", b""))
         if self._bytes > self._limits.body_bytes:
             limit = self._limits.body_bytes
-            raise HTTPException(413, f"the body is larger than {limit:g} bytes")
+            raise HTTPException(413, f"the body is larger than {limit} bytes", _HANG_UP)
         self._complete = not message.get("more_body", False)
         return message
 

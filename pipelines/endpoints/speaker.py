@@ -25,6 +25,7 @@ from typing import Annotated, Any
 import numpy as np
 from fastapi import APIRouter, File, Form, HTTPException, UploadFile
 from fastapi import Path as PathParameter
+from fastapi.responses import Response
 from pydantic import BaseModel, Field
 from ray import serve
 from ray.exceptions import RayActorError
@@ -33,7 +34,7 @@ from ray.serve.handle import DeploymentHandle
 
 from goldcrest.cluster.api import Config
 from goldcrest.cluster.errors import InputError
-from goldcrest.cluster.serving import Endpoint, ServingSettings, ingress, model_options
+from goldcrest.cluster.serving import Endpoint, ServingSettings, ingress, model_options, page
 from goldcrest.pipelines.endpoints.speaker_calibration import Calibration
 from goldcrest.pipelines.endpoints.speaker_enrolments import (
     Enrolments,
@@ -45,6 +46,7 @@ from goldcrest.pipelines.endpoints.speaker_enrolments import (
 from goldcrest.pipelines.endpoints.speaker_models import Embedded, SpeakerModels, fingerprint
 
 DATABASE = "speakers.sqlite"
+_DEMO = Path(__file__).with_name("speaker_demo.html")
 _TRIES = 3  # of a call whose replica was lost: embedding changes nothing, so it may be repeated
 _ID = r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$"
 
@@ -173,6 +175,8 @@ class SpeakerEndpoint(Endpoint):
     title = "Goldcrest speaker endpoint"
 
     def __init__(self, settings: SpeakerSettings, models: DeploymentHandle) -> None:
+        if settings.demo:
+            self.open_paths = ("/demo", "/demo/page.js")  # the page asks for the token itself
         super().__init__(settings)
         self._settings = settings
         self._models = models
@@ -232,6 +236,9 @@ class SpeakerEndpoint(Endpoint):
         add("/speakers", self.speakers, methods=["GET"], summary="Who is enrolled")
         add("/speakers/{speaker}", self.remove, methods=["DELETE"], summary="Forget a speaker")
         add("/models", self.models, methods=["GET"], summary="What is served, and how it decides")
+        if self._settings.demo:
+            add("/demo", demo_page, methods=["GET"], include_in_schema=False)
+            add("/demo/page.js", demo_script, methods=["GET"], include_in_schema=False)
         return router
 
     # ------------------------------------------------------------------------------ operations
@@ -406,6 +413,16 @@ def refuse(status: int, code: str, message: str, retry: int | None = None) -> HT
 def unknown(speaker: str) -> HTTPException:
     """The error for a speaker that nobody enrolled."""
     return refuse(404, "unknown_speaker", f"no speaker '{speaker}' is enrolled")
+
+
+async def demo_page() -> Response:
+    """The page of `--demo`."""
+    return page(_DEMO.read_text("utf-8"), scripts=True)
+
+
+async def demo_script() -> Response:
+    """The script of that page."""
+    return Response(_DEMO.with_suffix(".js").read_text("utf-8"), media_type="text/javascript")
 
 
 # ---------------------------------------------------------------------------------- deployment

@@ -169,6 +169,12 @@ def test_other_containers_rates_and_channels(
     assert answer.json()["seconds"] == pytest.approx([1.0], abs=0.1)
 
 
+def voice_in_flac() -> bytes:
+    """A FLAC file, which says in its header how many samples it has."""
+    samples, rate = soundfile.read(io.BytesIO(voice(100, seconds=4)))
+    return wav(samples, rate, "FLAC")
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -176,7 +182,7 @@ def test_other_containers_rates_and_channels(
         (b"", "empty"),
         (voice(100, seconds=0.1), "shorter than"),
         (voice(100, seconds=10.5), "longer than"),
-        (wav(0.1 * np.sin(np.arange(48_000)), container="FLAC")[:30_000], "damaged|truncated"),
+        (voice_in_flac()[: len(voice_in_flac()) // 2], "damaged|truncated"),
         (wav(np.zeros(16_000)), "silent"),
         (wav(np.full((16_000, 9), 0.1)), "channels"),
         (wav(np.full(16_000, 0.1), rate=200_000), "sample rate"),
