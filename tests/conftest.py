@@ -66,7 +66,8 @@ def ray_cluster(_private_cache: None) -> Iterator[None]:
 def speaker_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """`goldcrest serve` on two small bundles, for all tests that call it over HTTP.
 
-    The second HTTP replica and the short times are for the tests of agreement and of slow clients.
+    Two replicas of each side are for the tests of agreement and of lost replicas, the small limits
+    for those of big and slow requests.
     """
     from tests.pipelines.speaker_server import make_bundle, start_server
 
@@ -78,7 +79,7 @@ def speaker_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]
     server = start_server(
         folder, f"one={one}", f"two={two}", "--demo", "--profile", str(profile),
         "-o", "api_replicas=2", "-o", "body_seconds=3", "-o", "max_body_bytes=2000000",
-        "-o", "max_requests=16", "-o", "max_seconds=10",
+        "-o", "max_requests=16", "-o", "max_seconds=10", "--replicas", "2", "-o", "cpus=0.5",
         token="a-token-of-the-tests-3f9c1b",
     )  # fmt: skip
     yield server
