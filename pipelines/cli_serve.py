@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 
 _POLL = 0.2  # seconds between two looks at what signals asked for
 DEFAULT_STATE = ".goldcrest/serve"
-MODELS = "models.json"  # in the state folder
+MODELS, BUNDLES = "models.json", "bundles"  # in the state folder
+MEMBERS = ("bundle.json", "model.safetensors", "calibration.json")
 
 
 def serve(
@@ -103,12 +104,12 @@ def serve(
             write_serve_config(write_config, settings, choice, host=host, port=port)
             answer.value = {"config": str(write_config)}
             return
-        _Foreground(
-            answer,
-            settings,
-            lambda: _choice(bundle, store, threshold, far),
-            json_file=json_file,
-        ).run(_profile(profile), host=host, port=port, choice=choice)
+
+        def look() -> ModelChoice:
+            return _choice(bundle, store, threshold, far)
+
+        foreground = _Foreground(answer, settings, look, json_file=json_file)
+        foreground.run(_profile(profile), host=host, port=port, choice=choice)
 
 
 def _profile(given: str | None) -> Profile:
@@ -256,9 +257,10 @@ class _Foreground:
         from goldcrest.pipelines.endpoints.speaker import application
 
         began = time.monotonic()
-        shutil.rmtree(self._settings.state_folder / "metrics", ignore_errors=True)  # of the dead
+        for of_the_dead in ("metrics", BUNDLES):
+            shutil.rmtree(self._settings.state_folder / of_the_dead, ignore_errors=True)
         with serving(profile, host=host, port=port) as running, _signals() as asked:
-            self._write(choice)
+            self._write(self._take(choice))
             running.deploy(application(self._settings))
             self._tell(running, choice, time.monotonic() - began)
             while "stop" not in asked:
@@ -271,11 +273,23 @@ class _Foreground:
             if left:
                 warn(f"{left} requests took too long and were cut off")
 
+    def _take(self, choice: ModelChoice) -> ModelChoice:
+        """The same choice with copies of the bundles: what is served does not change, and cannot
+        be cleaned away, while a replica might have to load it again."""
+        from goldcrest.pipelines.endpoints.speaker_models import fingerprint, model_id
+
+        kept = {}
+        for name, folder in choice.bundles.items():
+            kept[name] = self._settings.state_folder / BUNDLES / fingerprint(model_id(folder))
+            kept[name].mkdir(mode=0o700, parents=True, exist_ok=True)
+            for member in MEMBERS:
+                if (folder / member).is_file():
+                    shutil.copyfile(folder / member, kept[name] / member)
+        return choice.model_copy(update={"bundles": kept})
+
     def _write(self, choice: ModelChoice) -> None:
         """Where replicas look for their bundles, also those that start after a crash."""
-        folder = self._settings.state_folder
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_json(folder / MODELS, choice.model_dump(mode="json"))
+        write_json(self._settings.state_folder / MODELS, choice.model_dump(mode="json"))
 
     def _tell(self, running: Serving, choice: ModelChoice, seconds: float) -> None:
         self._answer.value = {
@@ -295,8 +309,9 @@ class _Foreground:
         try:
             choice = self._look()
             check(self._settings, choice, running.host)
-            preload(running, choice)
-            self._write(choice)
+            taken = self._take(choice)
+            preload(running, taken)
+            self._write(taken)
             running.handle("SpeakerEndpoint").broadcast("reload").results(timeout_s=120)
         except GoldcrestError as error:
             warn(f"the models stay as they were: {mask_text(str(error))}")
