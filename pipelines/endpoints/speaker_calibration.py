@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,7 +13,6 @@ from goldcrest.cluster.errors import InputError
 
 FILE = "calibration.json"
 _MAX_BYTES = 1 << 20
-_PREFIX = "far_"
 
 Score = Annotated[float, Field(ge=-1.001, le=1.001, allow_inf_nan=False)]  # a cosine
 
@@ -48,27 +46,22 @@ class Calibration(Config):
 
     def threshold(self, far: float | None = None) -> float:
         """The score from which a speaker is accepted: at the EER, or at a false-accept rate."""
-        wanted = "eer" if far is None else f"{_PREFIX}{far:g}"
-        found = {_rate(name): value for name, value in self.thresholds.items()}
-        key = None if far is None else far
-        for rate, value in found.items():
-            if rate == key or (rate and key and math.isclose(rate, key)):
-                return value
-        known = ", ".join(f"{rate:g}" for rate in sorted(r for r in found if r is not None))
-        raise InputError(
-            f"the bundle's calibration has no threshold '{wanted}'",
-            hint=f"false-accept rates that it has: {known or 'none'}; or give --threshold",
-        )
+        if far is None:
+            return self.thresholds["eer"]
+        name = f"far_{far:g}"
+        if name not in self.thresholds:
+            known = ", ".join(sorted(n.removeprefix("far_") for n in self.thresholds if n != "eer"))
+            raise InputError(
+                f"the bundle's calibration has no threshold for a false-accept rate of {far:g}",
+                hint=f"it has {known or 'none'}; or give --threshold",
+            )
+        return self.thresholds[name]
 
-
-def _rate(name: str) -> float | None:
-    """`far_0.01` -> 0.01; None for the EER's threshold; NaN, which nothing equals, otherwise."""
-    if name == "eer":
-        return None
-    try:
-        return float(name.removeprefix(_PREFIX)) if name.startswith(_PREFIX) else math.nan
-    except ValueError:
-        return math.nan
+    @model_validator(mode="after")
+    def _has_eer(self) -> Calibration:
+        if "eer" not in self.thresholds:
+            raise ValueError("thresholds lacks 'eer'")
+        return self
 
 
 def read_calibration(folder: Path, *, system: str) -> Calibration | None:

@@ -90,6 +90,7 @@ class Enrolments:
                 hint="place it on a local disk: network file systems do not lock reliably",
             )
         connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA secure_delete = ON")  # who is forgotten is overwritten
         path.chmod(0o600)  # voices are personal data
         with self._transaction():
             connection.execute(_TABLE)
