@@ -43,15 +43,27 @@ class Serving:
 
         return serve.get_deployment_handle(deployment, APPLICATION)
 
+    def everywhere(self, deployment: str, method: str, *values: Any, seconds: float) -> list[Any]:
+        """Call a method of every replica of a deployment; GoldcrestError if one fails or hangs."""
+        from ray.exceptions import RayError
+
+        try:
+            answers = self.handle(deployment).broadcast(method, *values)
+            return list(answers.results(timeout_s=seconds))
+        except (RayError, TimeoutError) as error:
+            raise GoldcrestError(f"{deployment}.{method} failed: {reason_of(error)}") from None
+
     def drain(self, endpoint: str, seconds: float) -> int:
         """Turn new requests away and wait for those inside; the number that were left."""
-        found = self.handle(endpoint).broadcast("drain", seconds)
-        return sum(found.results(timeout_s=seconds + 10.0))
+        return sum(self.everywhere(endpoint, "drain", seconds, seconds=seconds + 10.0))
 
 
 @contextmanager
 def serving(profile: Profile, *, host: str, port: int) -> Iterator[Serving]:
-    """A Ray with Serve's HTTP proxy at `host:port`; stopped at the end if it was started here."""
+    """Serve's HTTP proxy at `host:port`, on the profile's Ray; stopped at the end.
+
+    InputError where that Ray serves already: it has one proxy, and its address is taken.
+    """
     port = free_port(host, port)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     mode = attach(profile)
@@ -59,6 +71,11 @@ def serving(profile: Profile, *, host: str, port: int) -> Iterator[Serving]:
     from ray import serve
 
     try:
+        if mode != "started" and serve.status().proxies:
+            raise InputError(
+                "this Ray serves applications already",
+                hint="write a file with --write-config and deploy it with `serve deploy`",
+            )
         serve.start(
             proxy_location="HeadOnly",
             http_options={"host": host, "port": port},
@@ -67,13 +84,24 @@ def serving(profile: Profile, *, host: str, port: int) -> Iterator[Serving]:
         try:
             yield Serving(host=host, port=port)
         finally:
-            if mode == "started":
-                serve.shutdown()
-            else:
-                serve.delete(APPLICATION)
+            serve.shutdown()
     finally:
         if mode == "started":
             ray.shutdown()
+
+
+def check_room(replicas: int, *, cpus: float, gpus: float) -> None:
+    """InputError where a Ray of this machine's size would wait for ever to place the replicas."""
+    import ray
+
+    total = ray.cluster_resources()
+    for name, each in (("CPU", cpus), ("GPU", gpus)):
+        if replicas * each > total.get(name, 0.0):
+            raise InputError(
+                f"{replicas} replicas with {each:g} {name} each; this Ray has "
+                f"{total.get(name, 0.0):g}",
+                hint="fewer --replicas, or a share of a core each: -o cpus=0.5",
+            )
 
 
 def free_port(host: str, port: int) -> int:

@@ -253,13 +253,14 @@ class _Foreground:
 
     def run(self, profile: Profile, *, host: str, port: int, choice: ModelChoice) -> None:
         """Serve until SIGINT or SIGTERM."""
-        from goldcrest.cluster.serving_process import serving
+        from goldcrest.cluster.serving_process import check_room, serving
         from goldcrest.pipelines.endpoints.speaker import application
 
         began = time.monotonic()
         for of_the_dead in ("metrics", BUNDLES):
             shutil.rmtree(self._settings.state_folder / of_the_dead, ignore_errors=True)
         with serving(profile, host=host, port=port) as running, _signals() as asked:
+            check_room(self._settings.replicas, cpus=self._settings.cpus, gpus=self._settings.gpus)
             self._write(self._take(choice))
             running.deploy(application(self._settings))
             self._tell(running, choice, time.monotonic() - began)
@@ -289,7 +290,10 @@ class _Foreground:
 
     def _write(self, choice: ModelChoice) -> None:
         """Where replicas look for their bundles, also those that start after a crash."""
-        write_json(self._settings.state_folder / MODELS, choice.model_dump(mode="json"))
+        path = self._settings.state_folder / MODELS
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(choice.model_dump_json(), encoding="utf-8")
+        temporary.replace(path)
 
     def _tell(self, running: Serving, choice: ModelChoice, seconds: float) -> None:
         self._answer.value = {
@@ -312,8 +316,8 @@ class _Foreground:
             taken = self._take(choice)
             preload(running, taken)
             self._write(taken)
-            running.handle("SpeakerEndpoint").broadcast("reload").results(timeout_s=120)
-        except GoldcrestError as error:
+            running.everywhere("SpeakerEndpoint", "reload", seconds=120)
+        except (GoldcrestError, OSError) as error:
             warn(f"the models stay as they were: {mask_text(str(error))}")
         else:
             say(f"now serving {', '.join(choice.bundles)}")
@@ -321,17 +325,9 @@ class _Foreground:
 
 def preload(running: Serving, choice: ModelChoice) -> None:
     """Load the bundles in every replica of the model; an error in words if one cannot be."""
-    from ray.exceptions import RayError
-
-    models = running.handle("SpeakerModels")
     for folder in choice.bundles.values():
-        try:
-            facts = models.describe.remote(str(folder)).result(timeout_s=60)
-            models.broadcast("load", facts["model"]).results(timeout_s=120)
-        except (RayError, TimeoutError) as error:
-            from goldcrest.cluster.serving_process import reason_of
-
-            raise GoldcrestError(f"the bundle {folder}: {reason_of(error)}") from None
+        facts, *_ = running.everywhere("SpeakerModels", "describe", str(folder), seconds=60)
+        running.everywhere("SpeakerModels", "load", facts["model"], seconds=120)
 
 
 @contextmanager

@@ -70,6 +70,7 @@ class SpeakerModels:
     ) -> None:
         limit_threads(cpus)
         self._limits = AudioLimits(max_seconds=max_seconds, min_seconds=min_seconds, max_channels=8)
+        self._warm: set[str] = set()
         batched: Any = self._batched  # what `serve.batch` makes of it has settings
         batched.set_max_batch_size(max_batch)
 
@@ -80,8 +81,11 @@ class SpeakerModels:
     async def load(self, model: str) -> None:
         """Have a bundle in memory and run once: the first request finds it warm."""
         loaded = await self._model(model)
+        if model in self._warm:
+            return
         noise = np.random.default_rng(0).standard_normal(16_000).astype(np.float32) / 10
         await asyncio.to_thread(loaded.embed_waveform, noise)
+        self._warm.add(model)
 
     async def embed(self, recordings: Sequence[bytes]) -> list[Embedded]:
         """Embed encoded recordings with the bundle that the call is routed for."""
