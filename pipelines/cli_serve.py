@@ -36,7 +36,8 @@ from goldcrest.pipelines.cli_common import (
 if TYPE_CHECKING:
     from goldcrest.cluster.profile import Profile
     from goldcrest.cluster.serving_process import Serving
-    from goldcrest.pipelines.endpoints.speaker import ModelChoice, SpeakerSettings
+    from goldcrest.pipelines.endpoints.speaker import SpeakerSettings
+    from goldcrest.pipelines.endpoints.speaker_choice import ModelChoice
 
 _POLL = 0.2  # seconds between two looks at what signals asked for
 DEFAULT_STATE = ".goldcrest/serve"
@@ -135,7 +136,7 @@ def _choice(
 ) -> ModelChoice:
     """What the arguments name, looked up now."""
     from goldcrest.cluster.config_file import validate
-    from goldcrest.pipelines.endpoints.speaker import ModelChoice
+    from goldcrest.pipelines.endpoints.speaker_choice import ModelChoice
     from goldcrest.tasks.speaker.bundle import read_description
 
     folders: dict[str, str] = {}
@@ -217,10 +218,8 @@ def write_serve_config(
                 "import_path": "goldcrest.pipelines.endpoints.speaker:application",
                 "args": settings.model_dump(mode="json", exclude_defaults=True, exclude={"models"}),
                 "deployments": [
-                    {
-                        "name": "SpeakerEndpoint",
-                        "user_config": choice.model_dump(mode="json", exclude_none=True),
-                    }
+                    {"name": name, "user_config": choice.model_dump(mode="json", exclude_none=True)}
+                    for name in ("SpeakerEndpoint", "SpeakerModels")
                 ],
             }
         ],

@@ -32,10 +32,9 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from goldcrest.cluster.api import Config
-from goldcrest.cluster.errors import InputError
 from goldcrest.cluster.serving import Endpoint, ServingSettings, ingress, model_options, page
 from goldcrest.pipelines.endpoints.speaker_calibration import Calibration
+from goldcrest.pipelines.endpoints.speaker_choice import ID, read_choice
 from goldcrest.pipelines.endpoints.speaker_enrolments import (
     Enrolments,
     FullError,
@@ -48,39 +47,6 @@ from goldcrest.pipelines.endpoints.speaker_models import Embedded, SpeakerModels
 DATABASE = "speakers.sqlite"
 _DEMO = Path(__file__).with_name("speaker_demo.html")
 _TRIES = 3  # of a call whose replica was lost: embedding changes nothing, so it may be repeated
-_ID = r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$"
-
-
-class ModelChoice(Config):
-    """Which bundles are served, and from which score a speaker is accepted."""
-
-    bundles: dict[Annotated[str, Field(pattern=_ID)], Path] = Field(
-        min_length=1, max_length=16, description="name -> folder; the first is the default"
-    )
-    threshold: float | None = Field(
-        None, ge=-1, le=1, description="accept from this score, whatever the calibration says"
-    )
-    far: float | None = Field(
-        None, gt=0, lt=1, description="accept at this false-accept rate [default: at the EER]"
-    )
-
-    def threshold_of(self, folder: Path, calibration: Calibration | None) -> float:
-        """The threshold of one bundle; InputError where nothing tells it."""
-        if self.threshold is not None:
-            return self.threshold
-        if calibration is None:
-            raise InputError(
-                f"the bundle {folder} has no calibration.json",
-                hint="say with --threshold from which score a speaker is accepted",
-            )
-        return calibration.threshold(self.far)
-
-
-def read_choice(user_config: Mapping[str, Any]) -> ModelChoice:
-    """The choice that a `user_config` holds, or that the file lies in which it names."""
-    if set(user_config) != {"file"}:
-        return ModelChoice.model_validate(user_config)
-    return ModelChoice.model_validate_json(Path(user_config["file"]).read_text("utf-8"))
 
 
 class SpeakerSettings(ServingSettings):
@@ -89,7 +55,7 @@ class SpeakerSettings(ServingSettings):
     models: dict[str, Any] | None = Field(
         None,
         description="a ModelChoice, or `file:` one as JSON; in a Serve config file it is better "
-        "given as `user_config` of the deployment SpeakerEndpoint, which restarts nothing",
+        "given as `user_config` of both deployments, which restarts nothing",
     )
     min_seconds: float = Field(0.3, gt=0, description="shortest recording, seconds")
     max_seconds: float = Field(60.0, gt=0, description="longest recording, seconds")
@@ -163,7 +129,7 @@ class Served:
 Audio = Annotated[
     list[UploadFile], File(description="WAV, FLAC, OGG, MP3...; once or several times")
 ]
-SpeakerId = Annotated[str, Form(pattern=_ID, description="letters, digits and ._@-, 64 at most")]
+SpeakerId = Annotated[str, Form(pattern=ID, description="letters, digits and ._@-, 64 at most")]
 ModelName = Annotated[
     str | None, Form(max_length=64, description="which bundle [default: the first]")
 ]
@@ -266,7 +232,7 @@ class SpeakerEndpoint(Endpoint):
     async def verify(
         self,
         audio: Audio,
-        speaker: Annotated[str | None, Form(pattern=_ID)] = None,
+        speaker: Annotated[str | None, Form(pattern=ID)] = None,
         model: ModelName = None,
     ) -> Verified:
         """Compare recordings with an enrolled speaker, or two recordings with each other."""
@@ -319,7 +285,7 @@ class SpeakerEndpoint(Endpoint):
         return {"speakers": rows}
 
     async def remove(
-        self, speaker: Annotated[str, PathParameter(pattern=_ID)]
+        self, speaker: Annotated[str, PathParameter(pattern=ID)]
     ) -> dict[str, str | int]:
         """Forget all recordings of a speaker, under every model."""
         removed = await asyncio.to_thread(self._enrolments.remove, speaker)
@@ -430,7 +396,9 @@ async def demo_script() -> Response:
 
 def application(args: SpeakerSettings) -> serve.Application:
     """The Serve application: `import_path: goldcrest.pipelines.endpoints.speaker:application`."""
-    models: Any = serve.deployment(SpeakerModels, name="SpeakerModels", **model_options(args))
+    models: Any = serve.deployment(
+        SpeakerModels, name="SpeakerModels", user_config=args.models, **model_options(args)
+    )
     endpoint = ingress(SpeakerEndpoint, args, user_config=args.models)
     return endpoint.bind(
         args,

@@ -26,6 +26,7 @@ from ray import serve
 from goldcrest.cluster.errors import InputError
 from goldcrest.cluster.runtime import limit_threads
 from goldcrest.pipelines.endpoints.speaker_calibration import read_calibration
+from goldcrest.pipelines.endpoints.speaker_choice import read_choice
 from goldcrest.tasks.data.audio import AudioError, AudioLimits, decode
 from goldcrest.tasks.speaker.bundle import SpeakerModel, load_bundle, read_description
 
@@ -73,6 +74,12 @@ class SpeakerModels:
         self._warm: set[str] = set()
         batched: Any = self._batched  # what `serve.batch` makes of it has settings
         batched.set_max_batch_size(max_batch)
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Have every bundle of the choice in memory: Serve sends a model's requests to replicas
+        that hold it, so one that started without would never be asked."""
+        for folder in read_choice(user_config).bundles.values():
+            await self.load(await asyncio.to_thread(model_id, folder))
 
     async def describe(self, folder: str) -> dict[str, Any]:
         """What a bundle is: its `model` id, facts, and calibration; InputError when it is none."""

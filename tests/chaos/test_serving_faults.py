@@ -24,15 +24,23 @@ from tests.pipelines.speaker_server import Server, make_bundle, start_server, vo
 
 
 class Load:
-    """Clients that verify two recordings again and again, and what they were answered."""
+    """Clients that verify two recordings again and again, and what they were answered.
 
-    def __init__(self, server: Server, clients: int) -> None:
+    With `heavy` each request holds as much speech as fits into a body, so that the model always has
+    requests inside.
+    """
+
+    def __init__(self, server: Server, clients: int, heavy: bool) -> None:
         self.statuses: Counter[int | str] = Counter()
         self.scores: set[float] = set()
         self.stop = threading.Event()
         self._server = server
         self._lock = threading.Lock()
-        self._recordings = voice(100, seconds=1), voice(200, seconds=1)
+        seconds, count = (9, 3) if heavy else (1, 1)
+        self._form = {"speaker": "heavy"} if heavy else {}
+        self._recordings = [voice(100, seconds=seconds)] * count + [
+            voice(200, seconds=seconds)
+        ] * count
         self._threads = [threading.Thread(target=self._client) for _ in range(clients)]
         for thread in self._threads:
             thread.start()
@@ -40,7 +48,7 @@ class Load:
     def _client(self) -> None:
         while not self.stop.is_set():
             try:
-                answer = self._server.post("/verify", *self._recordings)
+                answer = self._server.post("/verify", *self._recordings, **self._form)
                 found: int | str = answer.status_code
             except requests.RequestException as error:
                 found = type(error).__name__
@@ -67,9 +75,9 @@ class Load:
 
 
 @contextmanager
-def load(server: Server, clients: int = 4) -> Iterator[Load]:
+def load(server: Server, clients: int = 4, *, heavy: bool = False) -> Iterator[Load]:
     """Load that ends with the block."""
-    made = Load(server, clients)
+    made = Load(server, clients, heavy)
     try:
         yield made
     finally:
@@ -86,12 +94,15 @@ def wait_until(true: Callable[[], bool], seconds: float = 120.0) -> None:
 
 def test_a_killed_model_replica_costs_no_request(speaker_server: Server) -> None:
     """Embedding changes nothing, so the HTTP side asks again; the user sees no fault."""
-    victim, *others = speaker_server.replicas("SpeakerModels")
-    assert others
-    with load(speaker_server) as under:
-        under.wait_for(20)
+    speaker_server.post("/enroll", voice(150), speaker="heavy")
+    with load(speaker_server, 6, heavy=True) as under:
+        under.wait_for(10)
+        both = speaker_server.replicas("SpeakerModels")
+        assert len(both) == 2
+        victim = max(both, key=lambda pid: psutil.Process(pid).cpu_times().user)  # the busier
         os.kill(victim, signal.SIGKILL)
-        under.wait_for(40)
+        under.wait_for(20)
+    speaker_server.call("DELETE", "/speakers/heavy")
     assert set(under.statuses) == {200}
     assert len(under.scores) == 1
     wait_until(lambda: len(speaker_server.replicas("SpeakerModels")) == 2)

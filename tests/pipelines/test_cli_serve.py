@@ -103,8 +103,9 @@ def test_a_bundle_of_a_run(serve: Call, bundle: Path, tmp_path: Path) -> None:
 def served(path: Path) -> dict[str, Any]:
     """The user_config in a Serve config file."""
     (application,) = yaml.safe_load(path.read_text())["applications"]
-    (deployment,) = application["deployments"]
-    found: dict[str, Any] = deployment["user_config"]
+    endpoint, models = application["deployments"]
+    found: dict[str, Any] = endpoint["user_config"]
+    assert models["user_config"] == found
     return found
 
 
@@ -112,7 +113,8 @@ def test_the_written_config_is_one_of_serve(serve: Call, bundle: Path, tmp_path:
     """Checked by Serve's own schema, and its arguments by the application that it names."""
     from ray.serve.schema import ServeDeploySchema
 
-    from goldcrest.pipelines.endpoints.speaker import SpeakerSettings, application, read_choice
+    from goldcrest.pipelines.endpoints.speaker import SpeakerSettings, application
+    from goldcrest.pipelines.endpoints.speaker_choice import read_choice
 
     code, said = serve(
         f"a={bundle}", "--far", "0.01", "--autoscale", "1:3", "--port", "8123", "--demo",
