@@ -1,4 +1,4 @@
-"""The `goldcrest` command: run, plan, resume, sweep, report, artifacts, config, list and others.
+"""The `goldcrest` command: run, plan, resume, sweep, serve, report, artifacts, config and others.
 
     goldcrest run speaker --config tiny -o clustering.settings.mu=4
     goldcrest plan speaker --format mermaid
@@ -19,7 +19,7 @@ from typing import Annotated
 import typer
 
 from goldcrest import __version__
-from goldcrest.pipelines import cli_artifacts, cli_config, cli_sweep
+from goldcrest.pipelines import cli_artifacts, cli_config, cli_serve, cli_sweep
 from goldcrest.pipelines.cli_common import (
     FAILED,
     AddressOption,
@@ -55,6 +55,7 @@ app = typer.Typer(
 app.add_typer(cli_artifacts.app, name="artifacts")
 app.add_typer(cli_config.app, name="config")
 app.command()(cli_sweep.sweep)
+app.command("serve")(cli_serve.serve)
 
 
 class PlanFormat(StrEnum):

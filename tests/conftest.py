@@ -6,8 +6,12 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.pipelines.speaker_server import Server
 
 _OFFLINE = {
     "HF_HUB_OFFLINE": "1",
@@ -56,6 +60,31 @@ def ray_cluster(_private_cache: None) -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def speaker_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """`goldcrest serve` on two small bundles, for all tests that call it over HTTP.
+
+    Two replicas of each side are for the tests of agreement and of lost replicas, the small limits
+    for those of big and slow requests.
+    """
+    from tests.pipelines.speaker_server import make_bundle, start_server
+
+    folder = tmp_path_factory.mktemp("serve")
+    one = make_bundle(folder / "one")
+    two = make_bundle(folder / "two", seed=1, thresholds={"eer": 0.99})
+    profile = folder / "profile.yaml"
+    profile.write_text("ray: {num_cpus: 2, object_store_memory: 100MB}")
+    server = start_server(
+        folder, f"one={one}", f"two={two}", "--demo", "--profile", str(profile),
+        "-o", "api_replicas=2", "-o", "body_seconds=3", "-o", "max_body_bytes=2000000",
+        "-o", "max_requests=16", "-o", "max_seconds=10", "--replicas", "2", "-o", "cpus=0.5",
+        token="a-token-of-the-tests-3f9c1b",
+    )  # fmt: skip
+    yield server
+    if server.process.poll() is None:
+        server.stop()
 
 
 @pytest.fixture

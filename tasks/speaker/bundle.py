@@ -10,7 +10,7 @@ MODEL_CARD.md       for people
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,11 +35,19 @@ Form = Literal["dense", "sparse", "int8"]
 
 @dataclass(frozen=True)
 class SpeakerModel:
-    """A loaded bundle: `embed` maps filterbank frames (T, F) float32 to (E,) float32."""
+    """A loaded bundle: `embed_batch` maps B utterances' frames (T_b, F) float32 to (B, E) float32.
+
+    An utterance's embedding does not depend on its batch beyond the rounding of float32: padded
+    frames are masked.
+    """
 
     facts: Mapping[str, Any]
-    embed: Callable[[np.ndarray], np.ndarray]
+    embed_batch: Callable[[Sequence[np.ndarray]], np.ndarray]
     front_end: FrontEnd
+
+    def embed(self, frames: np.ndarray) -> np.ndarray:
+        """(T, F) float32 -> (E,) float32."""
+        return self.embed_batch([frames])[0]
 
     def embed_waveform(self, samples: np.ndarray) -> np.ndarray:
         """(N,) float32 at 16 kHz -> (E,) float32."""
@@ -155,12 +163,37 @@ def load_bundle(folder: Path | str) -> SpeakerModel:
             module = load_network(folder)
         front_end = FrontEnd(FrontEndConfig(**facts["front_end"]))
 
-    def embed(frames: np.ndarray) -> np.ndarray:
-        """(T, F) -> (E,)."""
+    def embed_alike(frames: Sequence[np.ndarray]) -> np.ndarray:
+        """Utterances of similar length in one pass of the network."""
+        lengths = [len(each) for each in frames]
+        padded = torch.zeros(len(frames), frames[0].shape[1], max(lengths))
+        for row, each in zip(padded, frames, strict=True):
+            row[:, : len(each)] = torch.from_numpy(each).mT
+        # Without padding there is nothing to mask: the plain path is the faster one.
+        mask = None if min(lengths) == max(lengths) else torch.tensor(lengths)
         with torch.inference_mode():
-            return module(torch.from_numpy(frames).mT[None].contiguous())[0].float().numpy()
+            return module(padded, mask).float().numpy()
 
-    return SpeakerModel(facts, embed, front_end)
+    def embed_batch(frames: Sequence[np.ndarray]) -> np.ndarray:
+        """[(T_b, F)] -> (B, E)."""
+        groups = alike([len(each) for each in frames])
+        parts = np.concatenate([embed_alike([frames[i] for i in group]) for group in groups])
+        vectors = np.empty_like(parts)
+        vectors[np.concatenate(groups)] = parts
+        return vectors
+
+    return SpeakerModel(facts, embed_batch, front_end)
+
+
+def alike(lengths: Sequence[int], *, padding: float = 0.25) -> list[list[int]]:
+    """Places of `lengths` in groups whose longest is at most 1 + `padding` times the shortest."""
+    groups: list[list[int]] = []
+    for place in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if groups and lengths[place] <= (1 + padding) * lengths[groups[-1][0]]:
+            groups[-1].append(place)
+        else:
+            groups.append([place])
+    return groups
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from goldcrest.cluster.api import Artifact, InputError, StepError
 from goldcrest.tasks.data.audio import from_pcm16
 from goldcrest.tasks.data.frames import FrameReader
 from goldcrest.tasks.speaker.bundle import (
+    alike,
     bundle_bytes,
     load_bundle,
     load_network,
@@ -324,6 +325,27 @@ def test_a_bundle_alone_embeds_a_waveform(
     vector = model.embed_waveform(from_pcm16(data))
     assert vector.shape == (12,)
     assert np.isfinite(vector).all()
+
+
+def test_a_batch_is_its_utterances_alone(chain: dict[str, Artifact]) -> None:
+    """Padding is masked: what shares a pass does not matter beyond float32's rounding."""
+    rng = np.random.default_rng(0)
+    for name in ("dense", "sparse", "int8"):
+        model = load_bundle(chain[name].path)
+        width = model.front_end.fbank(np.ones(16_000, np.float32)).shape[1]
+        lengths = (120, 35, 131, 120, 60, 72)
+        frames = [rng.standard_normal((n, width)).astype(np.float32) for n in lengths]
+        alone = np.stack([model.embed(each) for each in frames])
+        together = model.embed_batch(frames)
+        assert together == pytest.approx(alone, rel=1e-4, abs=1e-4 * float(np.abs(alone).max())), (
+            name
+        )
+
+
+def test_similar_lengths_share_a_pass() -> None:
+    assert alike([100, 300, 110, 126, 301, 99]) == [[5, 0, 2], [3], [1, 4]]
+    assert alike([7]) == [[0]]
+    assert alike([100, 125, 126]) == [[0, 1], [2]]
 
 
 def test_embeddings_are_the_bundles(chain: dict[str, Artifact]) -> None:

@@ -1,0 +1,411 @@
+"""The speaker endpoint: enrol, verify, identify, embed.
+
+    curl -F speaker=anna -F audio=@anna1.wav -F audio=@anna2.wav http://127.0.0.1:8000/enroll
+    curl -F speaker=anna -F audio=@who.wav http://127.0.0.1:8000/verify
+    {"score": 0.61, "accept": true, "threshold": 0.35, "model": "int8"}
+
+A score is the cosine of two embeddings, as in the evaluation; several recordings of one side are
+averaged as unit vectors first. The threshold is the calibration's, at the equal error rate or at a
+chosen false-accept rate.
+
+The bundles that are served are this deployment's `user_config`: changing it swaps models while
+requests go on. The new ones are loaded before the old ones are let go, and a request keeps the
+model that it began with.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from fastapi import APIRouter, File, Form, HTTPException, UploadFile
+from fastapi import Path as PathParameter
+from fastapi.responses import Response
+from pydantic import BaseModel, Field
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from goldcrest.cluster.serving import Endpoint, ServingSettings, ingress, model_options, page
+from goldcrest.pipelines.endpoints.speaker_calibration import Calibration
+from goldcrest.pipelines.endpoints.speaker_choice import ID, read_choice
+from goldcrest.pipelines.endpoints.speaker_enrolments import (
+    Enrolments,
+    FullError,
+    Recording,
+    pooled,
+    unit,
+)
+from goldcrest.pipelines.endpoints.speaker_models import Embedded, SpeakerModels, fingerprint
+
+DATABASE = "speakers.sqlite"
+_DEMO = Path(__file__).with_name("speaker_demo.html")
+_TRIES = 3  # of a call whose replica was lost: embedding changes nothing, so it may be repeated
+
+
+class SpeakerSettings(ServingSettings):
+    """`args` of the speaker application in a Serve config file."""
+
+    models: dict[str, Any] | None = Field(
+        None,
+        description="a ModelChoice, or `file:` one as JSON; in a Serve config file it is better "
+        "given as `user_config` of both deployments, which restarts nothing",
+    )
+    min_seconds: float = Field(0.3, gt=0, description="shortest recording, seconds")
+    max_seconds: float = Field(60.0, gt=0, description="longest recording, seconds")
+    max_recordings: int = Field(10, ge=2, le=100, description="recordings of one request")
+    max_enrolled: int = Field(50, ge=1, description="recordings that are kept of one speaker")
+    max_speakers: int = Field(100_000, ge=1, description="speakers that can be enrolled")
+    max_batch: int = Field(16, ge=1, le=1024, description="recordings embedded in one pass")
+    demo: bool = Field(False, description="serve the page `/demo`")
+
+
+# ------------------------------------------------------------------------------------ answers
+
+
+class Enrolled(BaseModel):
+    """Answer of `/enroll`."""
+
+    speaker: str
+    model: str
+    recordings: int = Field(description="how many are now kept of this speaker")
+    seconds: float = Field(description="duration of what this request brought")
+
+
+class Verified(BaseModel):
+    """Answer of `/verify`."""
+
+    score: float = Field(description="cosine in [-1, 1]")
+    accept: bool = Field(description="whether score >= threshold")
+    threshold: float
+    model: str
+
+
+class Candidate(BaseModel):
+    """One speaker in the answer of `/identify`."""
+
+    speaker: str
+    score: float
+    accept: bool
+
+
+class Identified(BaseModel):
+    """Answer of `/identify`, best first."""
+
+    candidates: list[Candidate]
+    threshold: float
+    model: str
+
+
+class Embeddings(BaseModel):
+    """Answer of `/embed`: unit-length vectors."""
+
+    embedding: list[float] = Field(description="of all recordings together")
+    embeddings: list[list[float]] = Field(description="of each recording")
+    seconds: list[float]
+    model: str
+
+
+# ----------------------------------------------------------------------------------- endpoint
+
+
+@dataclass(frozen=True)
+class Served:
+    """A bundle in service: its name here, its content's fingerprint, its handle and threshold."""
+
+    name: str
+    fingerprint: str
+    handle: DeploymentHandle
+    threshold: float
+    facts: Mapping[str, Any]
+
+
+Audio = Annotated[
+    list[UploadFile], File(description="WAV, FLAC, OGG, MP3...; once or several times")
+]
+SpeakerId = Annotated[str, Form(pattern=ID, description="letters, digits and ._@-, 64 at most")]
+ModelName = Annotated[
+    str | None, Form(max_length=64, description="which bundle [default: the first]")
+]
+
+
+class SpeakerEndpoint(Endpoint):
+    """The HTTP side; a deployment by `application`."""
+
+    title = "Goldcrest speaker endpoint"
+
+    def __init__(self, settings: SpeakerSettings, models: DeploymentHandle) -> None:
+        if settings.demo:
+            self.open_paths = ("/demo", "/demo/page.js")  # the page asks for the token itself
+        super().__init__(settings)
+        self._settings = settings
+        self._models = models
+        self._served: dict[str, Served] = {}
+        self._user_config: dict[str, Any] = {}
+        self._enrolments = Enrolments(
+            settings.state_folder.absolute() / DATABASE,
+            max_speakers=settings.max_speakers,
+            max_recordings=settings.max_enrolled,
+        )
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Take the bundles of a `ModelChoice` into service; requests go on meanwhile."""
+        choice = read_choice(user_config)
+        served = {}
+        for name, folder in choice.bundles.items():
+            facts = await self._models.describe.remote(str(folder))
+            found = facts["calibration"]
+            calibration = Calibration.model_validate(found) if found is not None else None
+            handle = self._models.options(multiplexed_model_id=facts["model"])
+            await handle.load.remote(facts["model"])
+            threshold = choice.threshold_of(folder, calibration)
+            served[name] = Served(name, fingerprint(facts["model"]), handle, threshold, facts)
+        self._served, self._user_config = served, user_config
+
+    async def reload(self) -> None:
+        """Look at the bundles again; on any error those in service stay."""
+        await self.reconfigure(self._user_config)
+
+    def check_health(self) -> None:
+        """Serve's own probe: restart this replica when its database does not answer."""
+        self._enrolments.check()
+
+    async def ready(self) -> dict[str, Any]:
+        """The models in service, once a replica answers for the default one."""
+        default = self._model(None)
+        async with asyncio.timeout(5.0):
+            await default.handle.load.remote(default.facts["model"])
+        await asyncio.to_thread(self._enrolments.check)
+        return {"models": {name: each.fingerprint for name, each in self._served.items()}}
+
+    def routes(self) -> APIRouter:
+        """The operations, bound to this replica."""
+        router = APIRouter(
+            tags=["speaker"],
+            form_limits={
+                "max_files": self._settings.max_recordings,
+                "max_fields": 10,
+                "max_part_size": 4096,
+            },
+        )
+        add = router.add_api_route
+        add("/enroll", self.enroll, methods=["POST"], summary="Remember a speaker's voice")
+        add("/verify", self.verify, methods=["POST"], summary="Is it this speaker's voice?")
+        add("/identify", self.identify, methods=["POST"], summary="Whose voice is it?")
+        add("/embed", self.embed, methods=["POST"], summary="A voice as a vector")
+        add("/speakers", self.speakers, methods=["GET"], summary="Who is enrolled")
+        add("/speakers/{speaker}", self.remove, methods=["DELETE"], summary="Forget a speaker")
+        add("/models", self.models, methods=["GET"], summary="What is served, and how it decides")
+        if self._settings.demo:
+            add("/demo", demo_page, methods=["GET"], include_in_schema=False)
+            add("/demo/page.js", demo_script, methods=["GET"], include_in_schema=False)
+        return router
+
+    # ------------------------------------------------------------------------------ operations
+
+    async def enroll(self, speaker: SpeakerId, audio: Audio, model: ModelName = None) -> Enrolled:
+        """Enrol one or several recordings of a speaker; more may follow later."""
+        served = self._model(model)
+        contents = await self._read(audio)
+        made = await self._embed(served, contents)
+        recordings = [
+            Recording(
+                digest=hashlib.sha256(content).hexdigest(), vector=vector, seconds=each.seconds
+            )
+            for content, (each, vector) in zip(contents, made, strict=True)
+        ]
+        try:
+            count = await asyncio.to_thread(
+                self._enrolments.add, served.fingerprint, speaker, recordings
+            )
+        except FullError as reason:
+            raise refuse(409, "full", str(reason)) from None
+        seconds = sum(each.seconds for each in recordings)
+        return Enrolled(speaker=speaker, model=served.name, recordings=count, seconds=seconds)
+
+    async def verify(
+        self,
+        audio: Audio,
+        speaker: Annotated[str | None, Form(pattern=ID)] = None,
+        model: ModelName = None,
+    ) -> Verified:
+        """Compare recordings with an enrolled speaker, or two recordings with each other."""
+        served = self._model(model)
+        if speaker is None and len(audio) != 2:
+            raise refuse(
+                422, "invalid", f"without a speaker, verify wants two recordings, not {len(audio)}"
+            )
+        # Asked first: a name that nobody has need not cost an embedding.
+        reference = await self._reference(served, speaker) if speaker is not None else None
+        vectors = [vector for _, vector in await self._embed(served, await self._read(audio))]
+        if reference is None:
+            score = float(unit(vectors[0]) @ unit(vectors[1]))
+        else:
+            score = float(reference @ pooled(vectors))
+        accept = score >= served.threshold
+        return Verified(score=score, accept=accept, threshold=served.threshold, model=served.name)
+
+    async def identify(
+        self,
+        audio: Audio,
+        top: Annotated[int, Form(ge=1, le=100, description="how many candidates")] = 5,
+        model: ModelName = None,
+    ) -> Identified:
+        """The enrolled speakers whose voices are nearest, best first."""
+        served = self._model(model)
+        made = await self._embed(served, await self._read(audio))
+        probe = pooled([vector for _, vector in made])
+        candidates = await asyncio.to_thread(self._nearest, served, probe, top)
+        return Identified(candidates=candidates, threshold=served.threshold, model=served.name)
+
+    async def embed(self, audio: Audio, model: ModelName = None) -> Embeddings:
+        """The embedding of each recording, and of all together."""
+        served = self._model(model)
+        made = await self._embed(served, await self._read(audio))
+        vectors = [vector for _, vector in made]
+        return Embeddings(
+            embedding=pooled(vectors).tolist(),
+            embeddings=[unit(vector).tolist() for vector in vectors],
+            seconds=[each.seconds for each, _ in made],
+            model=served.name,
+        )
+
+    async def speakers(self) -> dict[str, list[dict[str, Any]]]:
+        """Every enrolled speaker with the models that know them."""
+        rows = await asyncio.to_thread(self._enrolments.speakers)
+        names = {each.fingerprint: each.name for each in self._served.values()}
+        for row in rows:
+            row["model"] = names.get(row["model"])  # null: enrolled with a model not served now
+        return {"speakers": rows}
+
+    async def remove(
+        self, speaker: Annotated[str, PathParameter(pattern=ID)]
+    ) -> dict[str, str | int]:
+        """Forget all recordings of a speaker, under every model."""
+        removed = await asyncio.to_thread(self._enrolments.remove, speaker)
+        if not removed:
+            raise unknown(speaker)
+        return {"speaker": speaker, "recordings": removed}
+
+    async def models(self) -> dict[str, list[dict[str, Any]]]:
+        """The bundles in service; the first is the default."""
+        return {
+            "models": [
+                {
+                    "name": each.name,
+                    "fingerprint": each.fingerprint,
+                    "threshold": each.threshold,
+                    "dimensions": each.facts["dimensions"],
+                    "calibration": each.facts["calibration"],
+                }
+                for each in self._served.values()
+            ]
+        }
+
+    # ----------------------------------------------------------------------------------- parts
+
+    def _model(self, name: str | None) -> Served:
+        """The bundle that a request asks for."""
+        served = self._served
+        if name is None:
+            return next(iter(served.values()))
+        if name not in served:
+            raise refuse(404, "unknown_model", f"the models here are: {', '.join(served)}")
+        return served[name]
+
+    async def _read(self, audio: Sequence[UploadFile]) -> list[bytes]:
+        """The uploaded files, all together no larger than the gate lets a body be."""
+        return [await each.read() for each in audio]
+
+    async def _embed(
+        self, served: Served, contents: Sequence[bytes]
+    ) -> list[tuple[Embedded, np.ndarray]]:
+        """Embed recordings; a refused one refuses the request, a lost replica is asked again."""
+        found: list[Embedded] = []
+        for left in reversed(range(_TRIES)):
+            try:
+                found = await served.handle.embed.remote(list(contents))
+                break
+            except (BackPressureError, DeploymentUnavailableError):
+                raise refuse(503, "busy", "the model is busy; try again", retry=1) from None
+            except RayActorError:
+                if not left:
+                    raise refuse(503, "busy", "the model was lost; try again", retry=5) from None
+        made = []
+        for place, each in enumerate(found):
+            if each.vector is None:
+                raise refuse(422, "invalid_audio", f"audio[{place}]: {each.refused}")
+            made.append((each, each.vector))
+        return made
+
+    async def _reference(self, served: Served, speaker: str) -> np.ndarray:
+        """The pooled embedding of an enrolled speaker; 404 or 409 if there is none."""
+        found = await asyncio.to_thread(self._enrolments.reference, served.fingerprint, speaker)
+        if found is None:
+            if await asyncio.to_thread(self._enrolments.known, speaker):
+                said = f"'{speaker}' was enrolled with another model; enrol with this one"
+                raise refuse(409, "other_model", said)
+            raise unknown(speaker)
+        return found
+
+    def _nearest(self, served: Served, probe: np.ndarray, top: int) -> list[Candidate]:
+        names, gallery = self._enrolments.gallery(served.fingerprint)
+        if not names:
+            return []
+        scores = gallery @ probe
+        best = np.argsort(-scores, kind="stable")[:top]
+        return [
+            Candidate(
+                speaker=names[place],
+                score=float(scores[place]),
+                accept=bool(scores[place] >= served.threshold),
+            )
+            for place in best
+        ]
+
+
+def refuse(status: int, code: str, message: str, retry: int | None = None) -> HTTPException:
+    """An error for the caller; `retry` is seconds for `Retry-After`."""
+    headers = {"Retry-After": str(retry)} if retry is not None else None
+    return HTTPException(status, {"code": code, "message": message}, headers)
+
+
+def unknown(speaker: str) -> HTTPException:
+    """The error for a speaker that nobody enrolled."""
+    return refuse(404, "unknown_speaker", f"no speaker '{speaker}' is enrolled")
+
+
+async def demo_page() -> Response:
+    """The page of `--demo`."""
+    return page(_DEMO.read_text("utf-8"), scripts=True)
+
+
+async def demo_script() -> Response:
+    """The script of that page."""
+    return Response(_DEMO.with_suffix(".js").read_text("utf-8"), media_type="text/javascript")
+
+
+# ---------------------------------------------------------------------------------- deployment
+
+
+def application(args: SpeakerSettings) -> serve.Application:
+    """The Serve application: `import_path: goldcrest.pipelines.endpoints.speaker:application`."""
+    models: Any = serve.deployment(
+        SpeakerModels, name="SpeakerModels", user_config=args.models, **model_options(args)
+    )
+    endpoint = ingress(SpeakerEndpoint, args, user_config=args.models)
+    return endpoint.bind(
+        args,
+        models.bind(
+            max_seconds=args.max_seconds,
+            min_seconds=args.min_seconds,
+            max_batch=args.max_batch,
+            cpus=args.cpus,
+        ),
+    )

@@ -1,0 +1,119 @@
+"""The table of enrolments: several processes at once, restarts, limits."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from goldcrest.pipelines.endpoints.speaker_enrolments import (
+    Enrolments,
+    FullError,
+    Recording,
+    pooled,
+    unit,
+)
+
+ROOT = Path(__file__).parents[3]
+WRITER = """
+import sys
+import numpy as np
+from pathlib import Path
+from goldcrest.pipelines.endpoints.speaker_enrolments import Enrolments, Recording
+
+number = int(sys.argv[2])
+book = Enrolments(Path(sys.argv[1]), max_speakers=1000, max_recordings=1000)
+for place in range(25):
+    vector = np.full(4, 1.0 + number + place)
+    recording = Recording(digest=f"{number}-{place}", vector=vector, seconds=1.0)
+    book.add("m", "shared", [recording])
+    book.add("m", f"own{number}", [recording])
+"""
+
+
+@pytest.fixture
+def book(tmp_path: Path) -> Enrolments:
+    """An empty table with little room."""
+    return Enrolments(tmp_path / "speakers.sqlite", max_speakers=3, max_recordings=2)
+
+
+def recording(*vector: float, name: str = "r") -> Recording:
+    """A recording of a vector."""
+    return Recording(digest=name, vector=np.array(vector), seconds=1.0)
+
+
+def test_vectors_are_pooled_as_in_the_evaluation() -> None:
+    """Mean of unit vectors, whatever their lengths were: as TrialSet.pool, then made unit."""
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(5, 8)) * rng.uniform(0.1, 9, size=(5, 1))
+    mean = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).mean(0)
+    assert pooled(vectors) == pytest.approx(mean / np.linalg.norm(mean), abs=1e-6)
+    assert np.isfinite(unit(np.zeros(3))).all()
+
+
+def test_a_restart_forgets_nothing(book: Enrolments, tmp_path: Path) -> None:
+    book.add("m", "anna", [recording(3, 4)])
+    book.close()
+    again = Enrolments(tmp_path / "speakers.sqlite", max_speakers=3, max_recordings=2)
+    assert again.reference("m", "anna") == pytest.approx([0.6, 0.8])
+    assert [row["speaker"] for row in again.speakers()] == ["anna"]
+
+
+def test_processes_that_write_at_once_lose_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "speakers.sqlite"
+    command = [sys.executable, "-c", WRITER, str(path)]
+    writers = [subprocess.Popen([*command, str(number)], cwd=ROOT) for number in range(4)]
+    assert [writer.wait(120) for writer in writers] == [0] * 4
+    book = Enrolments(path, max_speakers=1000, max_recordings=1000)
+    counts = {row["speaker"]: row["recordings"] for row in book.speakers()}
+    assert counts == {"shared": 100, "own0": 25, "own1": 25, "own2": 25, "own3": 25}
+
+
+def test_a_gallery_sees_what_others_write(book: Enrolments, tmp_path: Path) -> None:
+    other = Enrolments(tmp_path / "speakers.sqlite", max_speakers=3, max_recordings=2)
+    assert book.gallery("m")[0] == []
+    other.add("m", "bert", [recording(0, 1)])
+    assert book.gallery("m")[0] == ["bert"]
+    book.add("m", "anna", [recording(1, 0)])
+    names, vectors = book.gallery("m")
+    assert names == ["anna", "bert"]
+    assert vectors == pytest.approx(np.eye(2))
+    assert book.gallery("m")[1] is vectors  # kept while nobody writes
+    other.remove("anna")
+    assert book.gallery("m")[0] == ["bert"]
+
+
+def test_what_does_not_fit_changes_nothing(book: Enrolments) -> None:
+    book.add("m", "anna", [recording(1, 0, name="1"), recording(0, 1, name="2")])
+    with pytest.raises(FullError, match="2 recordings of 'anna'"):
+        book.add("m", "anna", [recording(1, 1, name="3")])
+    assert book.add("m", "anna", [recording(1, 0, name="1")]) == 2  # known already
+    for name in ("bert", "cleo"):
+        book.add("m", name, [recording(1, 0)])
+    with pytest.raises(FullError, match="3 speakers"):
+        book.add("m", "dora", [recording(1, 0)])
+    assert not book.known("dora")
+    assert book.remove("bert") == 1
+    assert book.add("m", "dora", [recording(1, 0)]) == 1
+
+
+def test_models_are_apart(book: Enrolments) -> None:
+    book.add("m", "anna", [recording(1, 0)])
+    assert book.reference("n", "anna") is None
+    assert book.known("anna")
+    book.add("n", "anna", [recording(0, 1)])
+    assert book.reference("m", "anna") == pytest.approx([1, 0])
+    assert book.remove("anna") == 2
+    assert not book.known("anna")
+
+
+def test_who_is_forgotten_leaves_no_bytes(book: Enrolments, tmp_path: Path) -> None:
+    vector = np.random.default_rng(0).normal(size=64)
+    book.add("m", "anna", [recording(*vector)])
+    trace = unit(vector).astype("<f4").tobytes()
+    book.remove("anna")
+    book.close()  # the write-ahead log is emptied into the file
+    assert trace not in (tmp_path / "speakers.sqlite").read_bytes()

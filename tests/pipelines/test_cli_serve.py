@@ -1,0 +1,148 @@
+"""What `goldcrest serve` refuses before it starts anything, and the Serve config that it writes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from goldcrest.cluster.store import Store
+from goldcrest.pipelines import cli
+from tests.pipelines.speaker_server import make_bundle
+
+Call = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A calibrated bundle."""
+    return make_bundle(tmp_path_factory.mktemp("bundles") / "one")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle without a calibration."""
+    return make_bundle(tmp_path_factory.mktemp("bundles") / "plain", thresholds={})
+
+
+@pytest.fixture
+def serve(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Call:
+    """`goldcrest serve ...` -> exit code and what was said."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("GOLDCREST_STORE", raising=False)
+
+    def called(*arguments: str | Path) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as end:
+            cli.main(["serve", *map(str, arguments)])
+        captured = capsys.readouterr()
+        return int(end.value.code or 0), captured.out + captured.err
+
+    return called
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--host", "0.0.0.0"], "token is required"),
+        (["--host", "192.168.1.7"], "token is required"),
+        (["--token-file", "nowhere"], "cannot be read"),
+        (["--far", "0.02"], "0.01, 0.05, 0.1"),
+        (["--far", "2"], "far"),
+        (["--threshold", "3"], "threshold"),
+        (["--autoscale", "3:1"], "MIN:MAX"),
+        (["--autoscale", "x"], "MIN:MAX"),
+        (["-o", "max_secnds=3"], "max_seconds"),
+        (["-o", "max_body_bytes=lots"], "max_body_bytes"),
+        (["--profile", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_starts_nothing(
+    serve: Call, bundle: Path, arguments: list[str], words: str
+) -> None:
+    code, said = serve(bundle, *arguments)
+    assert code == 2, said
+    assert words in said
+    assert not Path(".goldcrest").exists()
+
+
+def test_a_bundle_must_be_one(serve: Call, tmp_path: Path, bundle: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "bundle.json can't be read" in serve("empty")[1]
+    assert "is not a folder" in serve("no/such")[1]
+    assert "has no run 'run'" in serve("run:int8")[1]
+    assert "two bundles are called 'dense'" in serve(bundle, bundle)[1]
+
+
+def test_without_a_calibration_a_threshold_is_wanted(serve: Call, plain: Path) -> None:
+    code, said = serve(plain)
+    assert code == 2
+    assert "--threshold" in said
+    assert serve(plain, "--threshold", "0.4", "--write-config", "serve.yaml")[0] == 0
+
+
+def test_a_bundle_of_a_run(serve: Call, bundle: Path, tmp_path: Path) -> None:
+    store = Store.open(str(tmp_path / "store"))
+    folder = store.run_folder("first")
+    (folder / "run.json").write_text("{}")
+    arguments = ("--store", tmp_path / "store", "--write-config", "serve.yaml")
+    assert "has no result" in serve("first", *arguments)[1]
+    bundles = {"dense": str(bundle), "gone": str(tmp_path / "gone")}
+    (folder / "result.json").write_text(json.dumps({"bundles": bundles}))
+    assert "is not there any more" in serve("first", *arguments)[1]  # the last is the default
+    assert "it has: dense, gone" in serve("last:int8", *arguments)[1]
+    assert serve("last:dense", *arguments)[0] == 0
+    assert served(tmp_path / "serve.yaml")["bundles"] == {"dense": str(bundle)}
+
+
+def served(path: Path) -> dict[str, Any]:
+    """The user_config in a Serve config file."""
+    (application,) = yaml.safe_load(path.read_text())["applications"]
+    endpoint, models = application["deployments"]
+    found: dict[str, Any] = endpoint["user_config"]
+    assert models["user_config"] == found
+    return found
+
+
+def test_the_written_config_is_one_of_serve(serve: Call, bundle: Path, tmp_path: Path) -> None:
+    """Checked by Serve's own schema, and its arguments by the application that it names."""
+    from ray.serve.schema import ServeDeploySchema
+
+    from goldcrest.pipelines.endpoints.speaker import SpeakerSettings, application
+    from goldcrest.pipelines.endpoints.speaker_choice import read_choice
+
+    code, said = serve(
+        f"a={bundle}", "--far", "0.01", "--autoscale", "1:3", "--port", "8123", "--demo",
+        "-o", "max_seconds=20", "--write-config", "serve.yaml",
+    )  # fmt: skip
+    assert code == 0, said
+    tree = yaml.safe_load((tmp_path / "serve.yaml").read_text())
+    checked = ServeDeploySchema.model_validate(tree)
+    assert (checked.http_options.host, checked.http_options.port) == ("127.0.0.1", 8123)
+    (found,) = checked.applications
+    module, _, name = found.import_path.partition(":")
+    assert (module, name) == (application.__module__, application.__name__)
+    settings = SpeakerSettings.model_validate(found.args)
+    assert (settings.replicas, settings.max_replicas, settings.max_seconds) == (1, 3, 20)
+    choice = read_choice(served(tmp_path / "serve.yaml"))
+    assert choice.bundles == {"a": bundle}
+    assert choice.far == 0.01
+    assert application(settings) is not None
+
+
+def test_help_needs_neither_ray_nor_torch() -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys\n"
+        "from goldcrest.pipelines import cli\n"
+        "heavy = {'ray', 'torch', 'fastapi', 'mlflow'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
