@@ -1,8 +1,9 @@
-"""The `goldcrest` command: run, plan, resume, report, artifacts, config, list, doctor, version.
+"""The `goldcrest` command: run, plan, resume, jobs, report, artifacts, config, list, doctor.
 
     goldcrest run speaker --config tiny -o clustering.settings.mu=4
     goldcrest plan speaker --format mermaid
     goldcrest resume last
+    goldcrest submit speaker --config base --address http://head:8265
 
 Nothing heavy is imported before a verb needs it: `--help` and a run that is wholly cached start
 neither Ray nor torch nor MLflow.
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from goldcrest import __version__
-from goldcrest.pipelines import cli_artifacts, cli_config
+from goldcrest.pipelines import cli_artifacts, cli_config, cli_jobs
 from goldcrest.pipelines.cli_common import (
     FAILED,
     AddressOption,
@@ -32,6 +33,8 @@ from goldcrest.pipelines.cli_common import (
     ProfileOption,
     RunArgument,
     StoreOption,
+    TrackingOption,
+    TrackingUriOption,
     answering,
     check_run_name,
     find_run,
@@ -54,18 +57,7 @@ app = typer.Typer(
 )
 app.add_typer(cli_artifacts.app, name="artifacts")
 app.add_typer(cli_config.app, name="config")
-
-TrackingUriOption = Annotated[
-    str | None,
-    typer.Option(metavar="URI", help="MLflow tracking URI [default: SQLite inside the store]"),
-]
-TrackingOption = Annotated[
-    bool | None,
-    typer.Option(
-        "--tracking/--no-tracking",
-        help="track with MLflow always or never [default: when a step runs]",
-    ),
-]
+cli_jobs.register(app)
 
 
 class PlanFormat(StrEnum):

@@ -74,6 +74,17 @@ AddressOption = Annotated[
     str | None,
     typer.Option("--address", help="Ray: local, auto, or the address of a cluster"),
 ]
+TrackingUriOption = Annotated[
+    str | None,
+    typer.Option(metavar="URI", help="MLflow tracking URI [default: SQLite inside the store]"),
+]
+TrackingOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--tracking/--no-tracking",
+        help="track with MLflow always or never [default: when a step runs]",
+    ),
+]
 
 
 _machine_output: list[Path] = []  # holds `-` while a verb's JSON goes to the standard output

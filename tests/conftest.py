@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster.dashboard_cluster import DashboardCluster, dashboard_cluster
+
 _OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
@@ -56,6 +58,13 @@ def ray_cluster(_private_cache: None) -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def job_cluster() -> Iterator[DashboardCluster]:
+    """A Ray with a dashboard, in a process of its own: what jobs are submitted to."""
+    with dashboard_cluster() as cluster:
+        yield cluster
 
 
 @pytest.fixture
