@@ -45,7 +45,7 @@ def dashboard_cluster(cpus: int = 2) -> Iterator[DashboardCluster]:
         stderr=subprocess.PIPE,
         text=True,
         cwd="/",
-        env=user_environment(),
+        env=user_environment(RAY_raylet_start_wait_time_s="180"),  # on a busy machine
     ) as process:
         assert process.stdin is not None and process.stdout is not None
         try:
