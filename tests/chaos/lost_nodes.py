@@ -2,9 +2,9 @@
 
     python lost_nodes.py FOLDER kill|drain SEED...  ->  one line of JSON per run
 
-The first run is undisturbed and is what the others must equal. A lost node is replaced by a new one,
-as an autoscaler would. `kill` is SIGKILL to the node's raylet at a random second; `drain` is the
-notice that a spot machine gets, with the kill a few seconds later.
+The first run is undisturbed: the others must equal it, and lose their node at a random second of
+the time that it took. A lost node is replaced, as an autoscaler would. `kill` is SIGKILL to the
+node's raylet; `drain` is the notice that a spot machine gets, with the kill a few seconds later.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from goldcrest.cluster.store import Store
 from tests.cluster.engine_steps import NumberConfig, number, total
 from tests.cluster.training_toys import NoNoise
 
-LONGEST = 12.0  # seconds after the start of a run in which the node is lost
 NOTICE = 4.0  # seconds between the notice and the loss of a drained node
 MEMORY = {"object_store_memory": 100 << 20}
 POOL = {"num_cpus": 1, "labels": {"pool": "spot"}, **MEMORY}
@@ -135,11 +134,11 @@ def main() -> None:
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     profile = Profile.model_validate({"steps": {"*": {"labels": {"pool": "spot"}}}})
     config = LostConfig(max_failures=0 if how == "drain" else 3)
-    wanted = None
+    wanted, longest = None, 0.0
     for seed in [None, *seeds]:
         store = Store.open(folder / f"store-{seed}")
         draw = random.Random(seed)
-        moment = draw.uniform(0.0, LONGEST)
+        moment = draw.uniform(0.0, longest)
         began = time.monotonic()
         with ThreadPoolExecutor(1) as other:  # nodes can only be started from the main thread
             running = other.submit(run, Lost, config, store=store, profile=profile)
@@ -148,6 +147,7 @@ def main() -> None:
                 lose_a_node(cluster, nodes, how, draw)
             result = running.result()
         seconds = round(time.monotonic() - began, 1)
+        longest = longest or seconds
         damaged = store.verify()
         store.gc(grace=0.0)
         made = contents(store)
