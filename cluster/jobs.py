@@ -5,7 +5,7 @@ package is ours (job_package.py), logs are followed across a lost connection wit
 losing a line, and a job's end is its own exit code, where `ray job submit` knows only 0 and 1.
 
 Authentication is Ray's: a bearer token from `RAY_AUTH_TOKEN`, `RAY_AUTH_TOKEN_PATH` or
-`~/.ray/auth_token`. Ray sends it only in token mode, so where a token is there, the mode is set.
+`~/.ray/auth_token` (ray_token.py).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 from goldcrest.cluster.errors import GoldcrestError, InputError
 from goldcrest.cluster.job_package import Package, write_zip
 from goldcrest.cluster.masking import mask_text
+from goldcrest.cluster.ray_token import use_token_if_there
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -203,16 +204,6 @@ def _job(details: JobDetails) -> Job:
 
 
 # --------------------------------------------------------------------------------- connection
-
-
-def use_token_if_there() -> None:
-    """Switch Ray's token mode on for this process where a token exists and no mode is set."""
-    from ray._private.authentication.authentication_token_setup import (
-        maybe_enable_token_auth_if_token_available,
-    )
-
-    logging.getLogger("ray").setLevel(logging.ERROR)  # it warns that a token will be used
-    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
 def _quiet_ray() -> None:

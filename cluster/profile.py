@@ -26,6 +26,7 @@ from goldcrest.cluster.api import Resources
 from goldcrest.cluster.dag import Step
 from goldcrest.cluster.errors import GoldcrestError, InputError
 from goldcrest.cluster.placement import asked
+from goldcrest.cluster.ray_token import use_token_if_there, warn_if_open
 
 _BYTES = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)\s*$", re.IGNORECASE)
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
@@ -232,9 +233,18 @@ def attach(profile: Profile) -> Literal["attached", "joined", "started"]:
         arguments["runtime_env"] = wanted.runtime_env
     local = address == "local"
     if local:
+        warn_if_open()
         arguments |= _local_arguments(wanted)
+    else:
+        use_token_if_there()
     try:
         _start(arguments, tries=2 if local else 1)
+    except ray.exceptions.AuthenticationError as error:
+        raise InputError(
+            f"the Ray at '{address}' wants another token, or one at all (cluster profile "
+            f"'{profile.name}')",
+            hint="put the cluster's token into ~/.ray/auth_token, or set RAY_AUTH_TOKEN_PATH",
+        ) from error
     except ConnectionError as error:
         raise InputError(
             f"no Ray answers at '{address}' (cluster profile '{profile.name}'): {error}",

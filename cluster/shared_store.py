@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from goldcrest.cluster.errors import GoldcrestError, InputError
 from goldcrest.cluster.masking import mask_text
@@ -158,7 +158,7 @@ def _ask_all(nodes: list[str], uri: str, folder: Path, name: str, nonce: str) ->
     return [_answer(node, reference) for node, reference in references.items()]
 
 
-def _answer(node: str, reference: object) -> View:
+def _answer(node: str, reference: Any) -> View:
     import ray
 
     try:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.dashboard_cluster import DashboardCluster, dashboard_cluster
+from tests.reliability import Tally
 
 _OFFLINE = {
     "HF_HUB_OFFLINE": "1",
@@ -27,6 +28,11 @@ _OFFLINE = {
     "OPENBLAS_NUM_THREADS": "1",
 }
 os.environ.update(_OFFLINE)  # before any test module imports torch, ray or transformers
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Count what the scenarios of docs/reliability.md tried."""
+    config.pluginmanager.register(Tally())
 
 
 @pytest.fixture(autouse=True, scope="session")

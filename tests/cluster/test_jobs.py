@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 import uuid
 from pathlib import Path
 
@@ -154,60 +151,6 @@ def test_a_lost_connection_is_made_again(
     monkeypatch.setattr(jobs._client, "tail_job_logs", cut_once)
     assert jobs.follow(job, said.append).state == "SUCCEEDED"
     assert "".join(said) == jobs.logs(job)
-
-
-def submission(dashboard: str, marker: Path, token: str | None) -> int:
-    """HTTP status of a bare request that asks for a command to be run."""
-    body = {"entrypoint": f"touch {marker}", "submission_id": name()}
-    headers = {"Content-Type": "application/json"}
-    if token is not None:
-        headers["Authorization"] = f"Bearer {token}"
-    request = urllib.request.Request(
-        f"{dashboard}/api/jobs/", data=json.dumps(body).encode(), headers=headers
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return int(answer.status)
-    except urllib.error.HTTPError as error:
-        return error.code
-
-
-def test_a_stranger_is_refused_and_the_command_does_not_run(
-    job_cluster: DashboardCluster, jobs: Jobs, tmp_path: Path
-) -> None:
-    from ray._raylet import AuthenticationTokenLoader
-
-    assert submission(job_cluster.dashboard, tmp_path / "no-token", None) == 401
-    assert submission(job_cluster.dashboard, tmp_path / "wrong-token", "0" * 64) == 403
-    token = AuthenticationTokenLoader.instance().get_raw_token(ignore_auth_mode=True)
-    assert submission(job_cluster.dashboard, tmp_path / "right-token", token) == 200
-    limit = time.monotonic() + 60
-    while not (tmp_path / "right-token").exists():  # by then the others would have run too
-        assert time.monotonic() < limit
-        time.sleep(0.2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["right-token"]
-    assert not [job for job in jobs.all() if "-token" in job.command and "right" not in job.command]
-
-
-def test_a_client_without_a_token_gets_a_sentence(job_cluster: DashboardCluster) -> None:
-    import subprocess
-
-    program = (
-        "import sys\nfrom goldcrest.cluster.errors import GoldcrestError\n"
-        "from goldcrest.cluster.jobs import Jobs\n"
-        "try:\n    Jobs(sys.argv[1]).all()\n"
-        "except GoldcrestError as error:\n    print(error)\n"
-    )
-    done = subprocess.run(
-        [PYTHON, "-c", program, job_cluster.dashboard],
-        env=os.environ | {"RAY_AUTH_MODE": "disabled"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert "refused the request" in done.stdout, done.stderr
-    assert "~/.ray/auth_token" in done.stdout
 
 
 def test_what_ray_raises_becomes_a_sentence() -> None:
