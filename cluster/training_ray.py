@@ -246,8 +246,9 @@ def fit(
     reporter: CallbackReporter,
 ) -> None:
     """Run the group of workers to the end; the result is the last checkpoint in `scratch`."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig
+    from ray.train.v2.api.config import FailureConfig
 
     scratch.mkdir(parents=True, exist_ok=True)
     attempt = uuid.uuid4().hex
