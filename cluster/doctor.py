@@ -381,7 +381,7 @@ def check_mlflow(tracking_uri: str | None) -> Check:
 def check_ray(address: str | None) -> Check:
     """Ray starts (or is reached at `address`), runs a task, and turns strangers away."""
     if address and address.startswith(("http://", "https://")):
-        return _check_dashboard(address.rstrip("/"))
+        return _check_dashboard(address)
     what = f"Ray at {address}" if address else "starting Ray"
     child = _child(_RAY, address or "")
     assert child.stdout is not None
@@ -416,22 +416,15 @@ def _open_cluster(detail: str) -> Check:
 
 
 def _check_dashboard(url: str) -> Check:
-    """What the door for jobs says to a caller without a token: 401, or come in."""
-    import urllib.error
-    import urllib.request
+    from goldcrest.cluster.ray_token import knock_at_dashboard
 
-    detail = f"dashboard at {url}"
-    try:
-        with urllib.request.urlopen(f"{url}/api/jobs/", timeout=CHILD_SECONDS / 10):
-            return _open_cluster(detail)
-    except urllib.error.HTTPError as error:
-        if error.code in (401, 403):
-            return Check(name="ray", status="ok", detail=f"{detail}: strangers are turned away")
-        reason = f"answers {error.code}"
-    except (OSError, ValueError) as error:
-        reason = f"does not answer: {error}"
+    detail, state = f"dashboard at {url}", knock_at_dashboard(url)
+    if state == "open":
+        return _open_cluster(detail)
+    if state == "closed":
+        return Check(name="ray", status="ok", detail=f"{detail}: strangers are turned away (token)")
     hint = "give --address the URL of a Ray dashboard, or host:port of a Ray head"
-    return Check(name="ray", status="failure", detail=f"{detail} {reason}", hint=hint)
+    return Check(name="ray", status="failure", detail=f"{detail}: {state}", hint=hint)
 
 
 def _first_json(stream: Any) -> str:

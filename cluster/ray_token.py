@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import urllib.error
+import urllib.request
 
 MODE = "RAY_AUTH_MODE"
 
@@ -36,3 +38,14 @@ def warn_if_open() -> None:
             f"goldcrest: {MODE}=disabled: whoever reaches this machine's ports while Ray runs can "
             "run code as this user\n"
         )
+
+
+def knock_at_dashboard(url: str, *, seconds: float = 10.0) -> str:
+    """`open`, `closed`, or why that is unknown: what the door for jobs says without a token."""
+    try:
+        with urllib.request.urlopen(f"{url.rstrip('/')}/api/jobs/", timeout=seconds):
+            return "open"
+    except urllib.error.HTTPError as error:
+        return "closed" if error.code in (401, 403) else f"it answers {error.code}"
+    except (OSError, ValueError) as error:
+        return f"it does not answer: {error}"

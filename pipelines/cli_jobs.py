@@ -126,35 +126,47 @@ def submit(
             *(["--tracking-uri", tracking_uri] if tracking_uri else []),
             *([] if tracking is None else ["--tracking" if tracking else "--no-tracking"]),
         ]
-        _warn_of_secrets(override or [], environment)
-        _tell_package(package)
-        facts = {
-            "goldcrest": __version__,
-            "pipeline": pipeline,
-            "run": name,
-            "store": mask_text(where),
-        }
-        packed = jobs.submit(command, package, job=name, environment=environment, facts=facts)
-        say(f"job {name} submitted to {jobs.address} ({file_size(packed)} packed)")
-        answer.value = {
-            "job": name,
-            "run": name,
-            "pipeline": pipeline,
-            "address": jobs.address,
-            "store": facts["store"],
-            "package": {
-                "files": len(package.files),
-                "bytes": package.size,
-                "packed_bytes": packed,
-                "largest": [{"name": n, "bytes": size} for n, size in package.largest()],
-                "left_out": {"stores": package.stores, "links": package.links_out},
-            },
-        }
+        _warn_of_secrets(override or [], environment, [where, tracking_uri or ""])
+        facts = {"pipeline": pipeline, "run": name, "store": mask_text(where)}
+        answer.value = _send(jobs, name, command, package, environment, facts)
         if wait:
             _follow(answer, jobs, name)
         else:
-            answer.value |= {"status": "PENDING", "exit_code": None}
             say(f"follow it with: goldcrest logs {name} --follow --address {jobs.address}")
+
+
+def _send(
+    jobs: Jobs,
+    name: str,
+    command: list[str],
+    package: Package,
+    environment: dict[str, str],
+    facts: dict[str, str],
+) -> dict[str, Any]:
+    """Tell what is sent, send it, and give back what is known of the job then."""
+    _tell_package(package)
+    packed = jobs.submit(
+        command,
+        package,
+        job=name,
+        environment=environment,
+        facts={"goldcrest": __version__, **facts},
+    )
+    say(f"job {name} submitted to {jobs.address} ({file_size(packed)} packed)")
+    return {
+        "job": name,
+        "status": "PENDING",
+        "exit_code": None,
+        **facts,
+        "address": jobs.address,
+        "package": {
+            "files": len(package.files),
+            "bytes": package.size,
+            "packed_bytes": packed,
+            "largest": [{"name": n, "bytes": size} for n, size in package.largest()],
+            "left_out": {"stores": package.stores, "links": package.links_out},
+        },
+    }
 
 
 def status(
@@ -299,10 +311,12 @@ def _size(text: str) -> int:
         raise InputError(f"--max-upload: {error}") from None
 
 
-def _warn_of_secrets(overrides: list[str], environment: dict[str, str]) -> None:
+def _warn_of_secrets(overrides: list[str], environment: dict[str, str], uris: list[str]) -> None:
+    """Ray shows a job's command and environment to whoever holds the cluster's token."""
     fields = [text.partition("=")[0] for text in overrides]
     named = [f for f in fields if any(map(is_secret_name, f.split(".")))]
     named += [name for name in environment if is_secret_name(name)]
+    named += [mask_text(uri) for uri in uris if mask_text(uri) != uri]
     if named:
         warn(f"whoever may see the cluster's jobs can read {', '.join(named)}")
 
