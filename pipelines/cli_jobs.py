@@ -12,6 +12,7 @@ the logs and ends with the job's own exit code; Ctrl-C leaves the job running.
 from __future__ import annotations
 
 import ipaddress
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -40,6 +41,7 @@ from goldcrest.pipelines.cli_common import (
     TrackingUriOption,
     answering,
     check_run_name,
+    out,
     print_table,
     say,
     store_uri,
@@ -239,8 +241,6 @@ def job_store(given: str | None, address: str) -> str:
 
     A cluster on another machine needs to be told: this machine's default folder is not there.
     """
-    import os
-
     named = given or os.environ.get("GOLDCREST_STORE")
     if named is None and not is_loopback(address):
         raise InputError(
@@ -358,8 +358,6 @@ def _follow(answer: Answer, jobs: Jobs, name: str) -> None:
 
 def _print(text: str) -> None:
     """A job's own words, as they are, beside what is said to machines."""
-    from goldcrest.pipelines.cli_common import out
-
     stream = out().file
     stream.write(text)
     stream.flush()
