@@ -1,4 +1,4 @@
-.PHONY: help setup demo test test-all check bench clean
+.PHONY: help setup demo test test-all check reliability bench clean
 .DEFAULT_GOAL := help
 
 PYTHON ?= python3
@@ -34,6 +34,9 @@ test: check ## all checks and tests (fast forms)
 
 test-all: check ## everything, long forms too
 	$(BIN)/python -m pytest
+
+reliability: $(STAMP) ## try to break runs (long) and write the table of docs/reliability.md
+	GOLDCREST_RELIABILITY=docs/reliability.json $(BIN)/python -m pytest tests/chaos tests/security
 
 bench: $(STAMP) ## measure speed and memory against named peers
 	$(BIN)/python -m pytest tests/bench -s

@@ -274,6 +274,9 @@ _RAY = """
 import json, os, sys, time, ray
 started = time.perf_counter()
 where = sys.argv[1]
+if where:
+    from goldcrest.cluster.ray_token import use_token_if_there
+    use_token_if_there()
 options = dict(include_dashboard=False, num_cpus=1, object_store_memory=80 << 20)
 ray.init(address=where or "local", log_to_driver=False, logging_level="ERROR",
          **({} if where else options))
@@ -377,6 +380,8 @@ def check_mlflow(tracking_uri: str | None) -> Check:
 
 def check_ray(address: str | None) -> Check:
     """Ray starts (or is reached at `address`), runs a task, and turns strangers away."""
+    if address and address.startswith(("http://", "https://")):
+        return _check_dashboard(address)
     what = f"Ray at {address}" if address else "starting Ray"
     child = _child(_RAY, address or "")
     assert child.stdout is not None
@@ -395,15 +400,31 @@ def check_ray(address: str | None) -> Check:
         f"ray {facts['version']}: {facts['nodes']} node(s), {size}, up in {facts['start']:.1f} s"
     )
     if state == "open":
-        return Check(
-            name="ray",
-            status="failure",
-            detail=f"{detail}; this cluster runs anybody's code: it asks for no token",
-            hint="start it with RAY_AUTH_MODE=token, or keep its ports behind a firewall",
-        )
+        return _open_cluster(detail)
     if state != "closed":
         return Check(name="ray", status="warning", detail=f"{detail}; token check: {state}")
     return Check(name="ray", status="ok", detail=f"{detail}; strangers are turned away (token)")
+
+
+def _open_cluster(detail: str) -> Check:
+    return Check(
+        name="ray",
+        status="failure",
+        detail=f"{detail}; this cluster runs anybody's code: it asks for no token",
+        hint="stop it, and start it with RAY_AUTH_MODE=token; a firewall alone is no lock",
+    )
+
+
+def _check_dashboard(url: str) -> Check:
+    from goldcrest.cluster.ray_token import knock_at_dashboard
+
+    detail, state = f"dashboard at {url}", knock_at_dashboard(url)
+    if state == "open":
+        return _open_cluster(detail)
+    if state == "closed":
+        return Check(name="ray", status="ok", detail=f"{detail}: strangers are turned away (token)")
+    hint = "give --address the URL of a Ray dashboard, or host:port of a Ray head"
+    return Check(name="ray", status="failure", detail=f"{detail}: {state}", hint=hint)
 
 
 def _first_json(stream: Any) -> str:

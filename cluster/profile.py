@@ -14,6 +14,7 @@ GPU machine, and on a cluster where CPU steps go to CPU nodes and training to GP
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from goldcrest.cluster.api import Resources
 from goldcrest.cluster.dag import Step
 from goldcrest.cluster.errors import GoldcrestError, InputError
 from goldcrest.cluster.placement import asked
+from goldcrest.cluster.ray_token import use_token_if_there, warn_if_open
 
 _BYTES = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)\s*$", re.IGNORECASE)
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
@@ -213,11 +215,10 @@ def check_placement(steps: Sequence[Step], nodes: Sequence[NodeKind], profile: P
 def attach(profile: Profile) -> Literal["attached", "joined", "started"]:
     """Connect this process to Ray as the profile says.
 
-    Returns "attached" if the process already was, "joined" for a Ray that ran, "started" for one
-    that `ray.shutdown` will end.
+    Inside a Ray job that is the job's own cluster, whatever the profile's address. Returns
+    "attached" if the process already was, "joined" for a Ray that ran, "started" for one that
+    `ray.shutdown` will end.
     """
-    import os
-
     import ray
 
     if ray.is_initialized():
@@ -226,20 +227,35 @@ def attach(profile: Profile) -> Literal["attached", "joined", "started"]:
     os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # its warnings may go to a file
     os.environ.setdefault("RAY_task_oom_retries", "2")  # its default is to try for ever
     wanted = profile.ray
-    arguments: dict[str, Any] = {"address": wanted.address, "logging_level": "ERROR"}
+    address = "auto" if inside_job() else wanted.address
+    arguments: dict[str, Any] = {"address": address, "logging_level": "ERROR"}
     if wanted.runtime_env:
         arguments["runtime_env"] = wanted.runtime_env
-    local = wanted.address == "local"
+    local = address == "local"
     if local:
+        warn_if_open()
         arguments |= _local_arguments(wanted)
+    else:
+        use_token_if_there()
     try:
         _start(arguments, tries=2 if local else 1)
+    except ray.exceptions.AuthenticationError as error:
+        raise InputError(
+            f"the Ray at '{address}' wants another token, or one at all (cluster profile "
+            f"'{profile.name}')",
+            hint="put the cluster's token into ~/.ray/auth_token, or set RAY_AUTH_TOKEN_PATH",
+        ) from error
     except ConnectionError as error:
         raise InputError(
-            f"no Ray answers at '{wanted.address}' (cluster profile '{profile.name}'): {error}",
+            f"no Ray answers at '{address}' (cluster profile '{profile.name}'): {error}",
             hint="start it with `ray start --head`, or use the profile laptop",
         ) from None
     return "started" if local else "joined"
+
+
+def inside_job() -> bool:
+    """Whether this process is the command of a Ray job: a second Ray here would never be meant."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
 def _start(arguments: Mapping[str, Any], tries: int) -> None:

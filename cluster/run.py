@@ -42,6 +42,7 @@ from goldcrest.cluster.run_record import (
     new_run_id,
     plain_config,
 )
+from goldcrest.cluster.shared_store import prove_shared
 
 if TYPE_CHECKING:
     from goldcrest.cluster.keys import Fingerprints
@@ -162,6 +163,7 @@ class _Driver:
         mode = attach(profile)
         try:
             check_placement([p.step for p in self.plan.to_run], running_nodes(), profile)
+            self._check_store()
             self._submit()
             self._watch()
         except KeyboardInterrupt:
@@ -170,6 +172,15 @@ class _Driver:
         finally:
             if mode != "attached":
                 ray.shutdown()
+
+    def _check_store(self) -> None:
+        """Every node must see the store; which do not see the run's folder is told."""
+        unseen = prove_shared(self.store, self.folder)
+        if unseen:
+            sys.stderr.write(
+                f"goldcrest: {', '.join(unseen)} cannot write to {self.folder}: steps there show "
+                "no progress and no log before they end, and their timeouts are not enforced\n"
+            )
 
     def _submit(self) -> None:
         """Send every missing step to Ray, upstream references as arguments."""

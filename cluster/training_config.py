@@ -48,7 +48,13 @@ class TrainingConfig(BaseModel):
         "fail", description="a loss that is not finite: stop with an error, or skip the step"
     )
     max_failures: Annotated[int, DoesNotChangeResult] = Field(
-        3, ge=0, description="restarts after a lost worker or node"
+        3, ge=0, description="restarts after a worker or node that failed"
+    )
+    max_preemptions: Annotated[int, DoesNotChangeResult] = Field(
+        -1,
+        ge=-1,
+        description="restarts after a node was taken away with notice (spot machines, drained "
+        "nodes), counted apart from failures; -1: no limit",
     )
     checkpoint_every: Annotated[int, DoesNotChangeResult] = Field(
         1, ge=1, description="epochs between checkpoints inside the step"

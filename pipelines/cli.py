@@ -1,8 +1,9 @@
-"""The `goldcrest` command: run, plan, resume, sweep, serve, report, artifacts, config and others.
+"""The `goldcrest` command: run, plan, resume, sweep, serve, jobs, report, artifacts and others.
 
     goldcrest run speaker --config tiny -o clustering.settings.mu=4
     goldcrest plan speaker --format mermaid
     goldcrest resume last
+    goldcrest submit speaker --config base --address http://head:8265
 
 Nothing heavy is imported before a verb needs it: `--help` and a run that is wholly cached start
 neither Ray nor torch nor MLflow.
@@ -19,7 +20,7 @@ from typing import Annotated
 import typer
 
 from goldcrest import __version__
-from goldcrest.pipelines import cli_artifacts, cli_config, cli_serve, cli_sweep
+from goldcrest.pipelines import cli_artifacts, cli_config, cli_jobs, cli_serve, cli_sweep
 from goldcrest.pipelines.cli_common import (
     FAILED,
     AddressOption,
@@ -56,6 +57,7 @@ app.add_typer(cli_artifacts.app, name="artifacts")
 app.add_typer(cli_config.app, name="config")
 app.command()(cli_sweep.sweep)
 app.command("serve")(cli_serve.serve)
+cli_jobs.register(app)
 
 
 class PlanFormat(StrEnum):

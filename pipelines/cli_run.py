@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from goldcrest.cluster.api import Config
@@ -49,8 +50,11 @@ def execute(
     run_id: str | None,
 ) -> None:
     """Run the pipeline with progress, report and tracking; fill in the answer; print the end."""
+    from goldcrest.cluster.profile import inside_job
     from goldcrest.cluster.run import run
 
+    if inside_job() and Path(store.uri).is_relative_to(Path.cwd()):
+        warn("the store lies in this job's own folder, which Ray removes: give --store a place")
     last = _LastResult()
     with ExitStack() as stack:
         progress = stack.enter_context(make_progress(err()))

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.cluster.dashboard_cluster import DashboardCluster, dashboard_cluster
+from tests.reliability import Tally
+
 if TYPE_CHECKING:
     from tests.pipelines.speaker_server import Server
 
@@ -29,6 +32,11 @@ _OFFLINE = {
     "OPENBLAS_NUM_THREADS": "1",
 }
 os.environ.update(_OFFLINE)  # before any test module imports torch, ray or transformers
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Count what the scenarios of docs/reliability.md tried."""
+    config.pluginmanager.register(Tally())
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -85,6 +93,13 @@ def speaker_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]
     yield server
     if server.process.poll() is None:
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def job_cluster() -> Iterator[DashboardCluster]:
+    """A Ray with a dashboard, in a process of its own: what jobs are submitted to."""
+    with dashboard_cluster() as cluster:
+        yield cluster
 
 
 @pytest.fixture

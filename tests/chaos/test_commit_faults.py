@@ -70,8 +70,10 @@ def check_promise(store):
     return found is not None
 
 
-def test_kill_between_any_two_file_operations(tmp_path):
+@pytest.mark.scenario("a commit is killed between any two file operations")
+def test_kill_between_any_two_file_operations(tmp_path, record_property):
     rows = strike(str(tmp_path), "kill")
+    record_property("tried", len(rows) - 1)  # the last one ran undisturbed
     assert len(rows) > 20
     assert {row["status"] for row in rows[:-1]} == {"killed"}
     there = [check_promise(Store.open(tmp_path / str(row["n"]))) for row in rows]
@@ -80,8 +82,10 @@ def test_kill_between_any_two_file_operations(tmp_path):
     assert rows[commit_point - 1]["operation"].startswith("os.rename")
 
 
-def test_full_disk_at_any_file_operation(tmp_path):
+@pytest.mark.scenario("the disk is full at any file operation of a commit")
+def test_full_disk_at_any_file_operation(tmp_path, record_property):
     rows = strike(str(tmp_path), "full")
+    record_property("tried", len(rows) - 1)  # the last one ran undisturbed
     assert len(rows) > 5
     for row in rows[:-1]:
         # In the step's own writing it is still the step's OSError; in the store's it is told.
@@ -93,10 +97,12 @@ def test_full_disk_at_any_file_operation(tmp_path):
     assert all("artifacts gc" in r["status"] for r in rows if r["status"].startswith("StoreError"))
 
 
-def test_kill_around_any_operation_on_a_bucket(tmp_path, monkeypatch):
+@pytest.mark.scenario("a commit to a bucket is killed around any operation")
+def test_kill_around_any_operation_on_a_bucket(tmp_path, monkeypatch, record_property):
     monkeypatch.setenv("GOLDCREST_CACHE", str(tmp_path / "cache"))
     uri = f"local://{tmp_path}/bucket"
     rows = strike(uri, "bucket-kill")
+    record_property("tried", len(rows) - 1)  # the last one ran undisturbed
     assert len(rows) > 20
     monkeypatch.setenv("GOLDCREST_CACHE", str(tmp_path / "another host"))
     there = [check_promise(Store.open(f"{uri}/{row['n']}")) for row in rows]
@@ -110,8 +116,10 @@ def test_kill_around_any_operation_on_a_bucket(tmp_path, monkeypatch):
         assert not any(name.endswith(".part") for name in names)
 
 
-def test_sigkill_at_random_moments(tmp_path):
+@pytest.mark.scenario("a process that commits is killed at random moments")
+def test_sigkill_at_random_moments(tmp_path, record_property):
     """Workers killed in the middle of whatever they do; what they committed is whole."""
+    record_property("tried", 12)
     moments, told = random.Random(7), []
     for _ in range(12):
         worker = subprocess.Popen(
@@ -131,6 +139,7 @@ def test_sigkill_at_random_moments(tmp_path):
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
+@pytest.mark.scenario("garbage collection is killed, or its disk fails, in the middle")
 @pytest.mark.parametrize("fault", ["kill", "io error"])
 def test_fault_while_garbage_is_collected(tmp_path, fault, monkeypatch):
     """A collector that dies in the middle of a removal leaves no half artifact to readers."""

@@ -91,6 +91,7 @@ def wait_for_step(store: Path, process: subprocess.Popen[str], count: int) -> No
         time.sleep(0.02)
 
 
+@pytest.mark.scenario("the driver of a run is killed, and the command repeated")
 def test_a_killed_driver_is_continued_by_the_same_command(
     tmp_path: Path, undisturbed: Mapping[str, object]
 ) -> None:
@@ -106,6 +107,9 @@ def test_a_killed_driver_is_continued_by_the_same_command(
     assert contents(store) == undisturbed
 
 
+@pytest.mark.scenario(
+    "the driver is killed or interrupted at two random moments, and the command repeated"
+)
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", range(12))
 def test_a_driver_killed_at_any_moment(
@@ -124,6 +128,7 @@ def test_a_driver_killed_at_any_moment(
     assert contents(store) == undisturbed
 
 
+@pytest.mark.scenario("two processes run the same pipeline at once")
 @pytest.mark.slow
 def test_two_runs_of_two_processes_do_the_work_once(
     tmp_path: Path, undisturbed: Mapping[str, object]
@@ -139,6 +144,7 @@ def test_two_runs_of_two_processes_do_the_work_once(
     assert contents(store) == undisturbed
 
 
+@pytest.mark.scenario("every step's worker is killed in the middle of it")
 @pytest.mark.slow
 def test_workers_killed_again_and_again_while_a_run_goes_on(
     tmp_path: Path, undisturbed: Mapping[str, object]

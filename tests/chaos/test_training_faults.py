@@ -43,6 +43,7 @@ def config(**changes: object) -> TrainingConfig:
     return TrainingConfig(**(base | changes))  # type: ignore[arg-type]
 
 
+@pytest.mark.scenario("one of two training workers is killed, ZeRO 3")
 def test_a_killed_worker_is_replaced_and_the_training_goes_on(
     ray_cluster: None, toys: ModuleType, tmp_path: Path
 ) -> None:
@@ -79,6 +80,7 @@ train_local(Slow(), config, scratch=Path(sys.argv[2]), seed=5)
 """
 
 
+@pytest.mark.scenario("a training process is killed, and continued")
 @pytest.mark.parametrize("after", [1, 3])
 def test_a_killed_process_continues_to_the_same_bytes(
     toys: ModuleType, tmp_path: Path, after: int

@@ -177,3 +177,20 @@ def test_a_ray_that_starts_too_slowly_gets_a_second_try_and_then_a_sentence(
     with pytest.raises(GoldcrestError, match=r"did not start in time.*calmer"):
         attach(Profile())
     assert tried == ["local", "local"]
+
+
+@pytest.mark.parametrize("address", ["local", "10.0.0.1:6379"])
+def test_inside_a_job_it_is_always_the_job_s_cluster(
+    monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    """A second Ray inside a job's node, as the profile `laptop` asks for, is never meant."""
+    from goldcrest.cluster import profile
+
+    seen: list[str] = []
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr(
+        profile, "_start", lambda arguments, tries: seen.append(arguments["address"])
+    )
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert attach(Profile.model_validate({"ray": {"address": address}})) == "joined"
+    assert seen == ["auto"]

@@ -367,6 +367,18 @@ def test_artifacts_ls_show_lineage(call: Any, garden: Path) -> None:
     assert lineage["inputs"]["plants"]["inputs"]["seeds"]["step"] == "sow"
 
 
+def test_a_store_inside_a_job_s_own_folder_is_warned_of(
+    call: Any, garden: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`ray job submit` unpacks the working tree below Ray's temporary files."""
+    cached = ["run", GARDEN, "-o", "grow.hub_token=hush", "--no-tracking", "--store", "store"]
+    assert "which Ray removes" not in call(*cached).err
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    done = call(*cached)
+    assert done.code == 0
+    assert "which Ray removes" in done.err
+
+
 def test_artifacts_verify_finds_a_flipped_bit(call: Any, garden: Path) -> None:
     store = ["--store", str(garden)]
     assert call("artifacts", "verify", *store).code == 0

@@ -1,0 +1,338 @@
+"""The deploy files say what exists: schemas, options, paths, ports, labels, metrics.
+
+KubeRay's own schema cannot be had offline; the models here are the parts of its CRD reference
+(v1.5) that the files use, with nothing else allowed. `ray up` and Serve bring their schemas along.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+import jsonschema
+import pytest
+import typer.main
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from goldcrest.cluster.profile import Profile
+from goldcrest.pipelines import cli
+
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "cluster" / "deploy"
+IMAGE = "/app/"  # where the image has the repository
+RAY = "2.60.0"
+
+
+class Strict(BaseModel):
+    """Nothing but the named fields."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class PodTemplate(Strict):
+    """A pod; of its spec only what the tests look at is typed."""
+
+    metadata: dict[Literal["labels"], dict[str, str]]
+    spec: dict[str, Any]
+
+
+class AuthOptions(Strict):
+    """KubeRay >= 1.5.1."""
+
+    mode: Literal["token", "disabled"]
+
+
+class AutoscalerOptions(Strict):
+    """The autoscaler's container and how fast it shrinks."""
+
+    version: Literal["v1", "v2"]
+    idleTimeoutSeconds: int = Field(gt=0)  # noqa: N815 - the field's name
+
+
+class HeadGroup(Strict):
+    """The head pod."""
+
+    rayStartParams: dict[str, str]  # noqa: N815
+    template: PodTemplate
+
+
+class WorkerGroup(HeadGroup):
+    """One kind of worker pod."""
+
+    groupName: str  # noqa: N815
+    replicas: int = Field(ge=0)
+    minReplicas: int = Field(ge=0)  # noqa: N815
+    maxReplicas: int = Field(ge=1)  # noqa: N815
+
+
+class Cluster(Strict):
+    """A RayClusterSpec."""
+
+    rayVersion: str  # noqa: N815
+    authOptions: AuthOptions  # noqa: N815
+    enableInTreeAutoscaling: bool = False  # noqa: N815
+    autoscalerOptions: AutoscalerOptions | None = None  # noqa: N815
+    headGroupSpec: HeadGroup  # noqa: N815
+    workerGroupSpecs: list[WorkerGroup]  # noqa: N815
+
+
+class JobSpec(Strict):
+    """A RayJobSpec."""
+
+    entrypoint: str
+    submissionMode: Literal["K8sJobMode", "HTTPMode", "InteractiveMode"]  # noqa: N815
+    shutdownAfterJobFinishes: bool  # noqa: N815
+    ttlSecondsAfterFinished: int  # noqa: N815
+    backoffLimit: int  # noqa: N815
+    rayClusterSpec: Cluster  # noqa: N815
+
+
+class ServiceSpec(Strict):
+    """A RayServiceSpec."""
+
+    excludeHeadPodFromServeSvc: bool  # noqa: N815
+    serveConfigV2: str  # noqa: N815
+    rayClusterConfig: Cluster  # noqa: N815
+
+
+class Metadata(Strict):
+    """Name and labels of an object."""
+
+    name: str = Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,45}[a-z0-9])?$")
+    labels: dict[str, str] = {}
+
+
+class RayJob(Strict):
+    """The whole file."""
+
+    apiVersion: Literal["ray.io/v1"]  # noqa: N815
+    kind: Literal["RayJob"]
+    metadata: Metadata
+    spec: JobSpec
+
+
+class RayService(Strict):
+    """The whole file."""
+
+    apiVersion: Literal["ray.io/v1"]  # noqa: N815
+    kind: Literal["RayService"]
+    metadata: Metadata
+    spec: ServiceSpec
+
+
+def read(name: str) -> Any:
+    return yaml.safe_load((DEPLOY / name).read_text(encoding="utf-8"))
+
+
+def job() -> JobSpec:
+    return RayJob.model_validate(read("rayjob.yaml")).spec
+
+
+def service() -> ServiceSpec:
+    return RayService.model_validate(read("rayservice.yaml")).spec
+
+
+CLUSTERS = [lambda: job().rayClusterSpec, lambda: service().rayClusterConfig]
+
+
+def goldcrest_options(words: list[str]) -> dict[str, Any]:
+    """The parameters of a goldcrest command; it raises for what it does not know."""
+    command: Any = typer.main.get_command(cli.app)
+    name, *arguments = words
+    verb = command.commands[name]
+    return dict(verb.make_context(name, arguments).params)
+
+
+def ray_options(words: list[str]) -> dict[str, Any]:
+    """The same of a `ray` command."""
+    from ray.scripts.scripts import cli as ray_cli
+
+    name, *arguments = words
+    return dict(ray_cli.commands[name].make_context(name, arguments).params)
+
+
+def containers(cluster: Cluster) -> list[dict[str, Any]]:
+    groups = [cluster.headGroupSpec, *cluster.workerGroupSpecs]
+    return [container for group in groups for container in group.template.spec["containers"]]
+
+
+def test_the_job_s_command_is_one_that_exists() -> None:
+    words = shlex.split(job().entrypoint)
+    assert words[:3] == ["python", "-m", "goldcrest"]
+    options = goldcrest_options(words[3:])
+    assert options["pipeline"] == "speaker"
+    for given in (options["config"], options["profile"]):
+        assert (ROOT / given.removeprefix(IMAGE)).is_file()
+    mounts = {m["mountPath"] for c in containers(job().rayClusterSpec) for m in c["volumeMounts"]}
+    for path in (options["store"], options["corpus"][0], str(options["json_file"])):
+        assert any(path == m or path.startswith(f"{m}/") for m in mounts), path
+
+
+def test_the_job_s_profile_finds_its_pools() -> None:
+    """Every label that the profile asks for is that of a worker group, GPUs where it wants them."""
+    options = goldcrest_options(shlex.split(job().entrypoint)[3:])
+    profile = Profile.load(ROOT / options["profile"].removeprefix(IMAGE))
+    groups = {g.rayStartParams["labels"]: g for g in job().rayClusterSpec.workerGroupSpecs}
+    for wanted in profile.steps.values():
+        (label,) = (wanted.labels or {}).items()
+        group = groups["=".join(label)]
+        limits = group.template.spec["containers"][0]["resources"]["limits"]
+        assert (wanted.gpus or 0) <= float(limits.get("nvidia.com/gpu", 0))
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_every_cluster_asks_for_a_token_and_shares_what_it_must(cluster: Any) -> None:
+    spec: Cluster = cluster()
+    assert spec.authOptions.mode == "token"
+    assert spec.rayVersion == RAY
+    mounts = [container["volumeMounts"] for container in containers(spec)]
+    assert all(each == mounts[0] for each in mounts)  # every node sees the same folders
+    for container in containers(spec):
+        assert container["securityContext"]["allowPrivilegeEscalation"] is False
+        assert container["resources"]["limits"] == container["resources"]["requests"]
+        assert "privileged" not in container["securityContext"]
+    for group in [spec.headGroupSpec, *spec.workerGroupSpecs]:
+        volumes = {volume["name"] for volume in group.template.spec["volumes"]}
+        assert {m["name"] for m in group.template.spec["containers"][0]["volumeMounts"]} <= volumes
+        assert group.template.metadata["labels"] == {"app.kubernetes.io/name": "goldcrest"}
+        words = [f"--{name}={value}" for name, value in group.rayStartParams.items()]
+        ray_options(["start", "--head", *words])
+
+
+def test_the_drain_before_a_spot_node_ends_is_a_command_of_this_ray() -> None:
+    (gpu,) = (g for g in job().rayClusterSpec.workerGroupSpecs if g.groupName == "gpu")
+    hook = gpu.template.spec["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    assert hook[:2] == ["sh", "-c"]
+    drain, _, wait = hook[2].partition("&&")
+    options = ray_options(shlex.split(drain)[1:])
+    assert options["reason"] == "DRAIN_NODE_REASON_PREEMPTION"
+    deadline = options["deadline_remaining_seconds"]
+    assert shlex.split(wait) == ["sleep", str(deadline)]
+    assert deadline < gpu.template.spec["terminationGracePeriodSeconds"]
+
+
+def test_the_service_is_one_that_serve_takes() -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    config = yaml.safe_load(service().serveConfigV2)
+    (application,) = ServeDeploySchema.model_validate(config).applications
+    mounts = {m["mountPath"] for c in containers(service().rayClusterConfig)
+              for m in c["volumeMounts"]}  # fmt: skip
+    paths = [application.args["token_file"], application.args["state_folder"]]
+    paths += application.deployments[0].user_config["bundles"].values()
+    for path in paths:
+        assert any(path == m or path.startswith(f"{m}/") for m in mounts), path
+    module, _, name = application.import_path.partition(":")
+    if importlib.util.find_spec("goldcrest.pipelines.endpoints") is None:
+        pytest.skip("this checkout has no endpoints")
+    found = importlib.import_module(module)
+    assert callable(getattr(found, name))
+    found.SpeakerSettings.model_validate(application.args)
+    found.ModelChoice.model_validate(application.deployments[0].user_config)
+
+
+def test_the_network_policy_fences_every_pod_and_opens_named_ports() -> None:
+    policy = read("network-policy.yaml")
+    assert (policy["apiVersion"], policy["kind"]) == ("networking.k8s.io/v1", "NetworkPolicy")
+    spec = policy["spec"]
+    assert spec["policyTypes"] == ["Ingress"]
+    for cluster in CLUSTERS:
+        for group in [cluster().headGroupSpec, *cluster().workerGroupSpecs]:
+            wanted = spec["podSelector"]["matchLabels"]
+            assert wanted.items() <= group.template.metadata["labels"].items()
+    open_ports = {port["port"] for rule in spec["ingress"] for port in rule.get("ports", [])}
+    declared = {p["containerPort"] for c in CLUSTERS for k in containers(c()) for p in k["ports"]}
+    assert open_ports == {8265, 8080, 8000} <= declared
+    for rule in spec["ingress"]:
+        assert rule["from"], "a rule without `from` lets everybody in"
+        assert "ports" in rule or rule["from"] == [{"podSelector": spec["podSelector"]}]
+
+
+def test_ray_up() -> None:
+    import ray.autoscaler
+
+    config = read("ray-up.yaml")
+    schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
+    assert config.pop("min_workers") == len(
+        config["provider"]["worker_ips"]
+    )  # of type `local` only
+    jsonschema.validate(config, schema)
+    assert "~/.ray/auth_token" in config["file_mounts"]
+    for command in config["head_start_ray_commands"] + config["worker_start_ray_commands"]:
+        words = shlex.split(command)
+        place = next(i for i, word in enumerate(words) if word.endswith("/ray"))
+        if words[place + 1] == "stop":
+            continue
+        assert "RAY_AUTH_MODE=token" in words[:place]
+        options = ray_options(words[place + 1 :])
+        assert options["dashboard_host"] in ("127.0.0.1", "localhost")
+    (submit,) = re.findall(
+        r"^#   goldcrest (submit .*)$", (DEPLOY / "ray-up.yaml").read_text(), re.M
+    )
+    options = goldcrest_options(shlex.split(submit))
+    assert (ROOT / "configs" / "speaker" / f"{options['config']}.yaml").is_file()
+    assert (ROOT / "configs" / "cluster" / f"{options['profile']}.yaml").is_file()
+
+
+def test_the_image_holds_what_the_files_name() -> None:
+    text = (DEPLOY / "Containerfile").read_text(encoding="utf-8")
+    copied = re.findall(r"^COPY (.+) \S+$", text, re.MULTILINE)
+    for name in [word for line in copied for word in line.split()]:
+        assert (ROOT / name).exists(), name
+    assert {"goldcrest", "cluster", "kernels", "pipelines", "tasks", "configs"} <= set(copied)
+    assert re.search(r"^WORKDIR /app$", text, re.MULTILINE)
+    assert "RAY_AUTH_MODE=token" in text
+    assert text.index("\nUSER ") > text.index("pip install")
+    command = json.loads(re.findall(r"^CMD (.+)$", text, re.MULTILINE)[0])
+    goldcrest_options(command[1:])
+    tag = re.findall(r"-t (\S+)", text)[0]
+    images = {c["image"] for cluster in CLUSTERS for c in containers(cluster())}
+    assert images == {tag}
+    assert re.search(rf"^ray==?={re.escape(RAY)}$", (ROOT / "constraints.txt").read_text(), re.M)
+
+
+def test_prometheus_scrapes_what_the_clusters_offer() -> None:
+    config = read("prometheus.yaml")
+    pods, machines = config["scrape_configs"]
+    kept = {tuple(r["source_labels"]): r["regex"] for r in pods["relabel_configs"] if "regex" in r}
+    assert kept[("__meta_kubernetes_pod_label_app_kubernetes_io_name",)] == "goldcrest"
+    named = kept[("__meta_kubernetes_pod_container_port_name",)]
+    for cluster in CLUSTERS:
+        for container in containers(cluster()):
+            assert named in [port["name"] for port in container["ports"]]
+    up = read("ray-up.yaml")
+    hosts = [up["provider"]["head_ip"], *up["provider"]["worker_ips"]]
+    assert machines["static_configs"][0]["targets"] == [f"{host}:8080" for host in hosts]
+
+
+def test_the_dashboard_shows_metrics_that_ray_has() -> None:
+    import ray.dashboard.modules.metrics.dashboards as panels
+
+    sources = Path(panels.__file__ or next(iter(panels.__path__))).parent
+    known = "".join(path.read_text(encoding="utf-8") for path in sources.rglob("*_panels.py"))
+    dashboard = json.loads((DEPLOY / "grafana-dashboard.json").read_text(encoding="utf-8"))
+    variables = {variable["name"] for variable in dashboard["templating"]["list"]}
+    seen: set[tuple[int, int]] = set()
+    for panel in dashboard["panels"]:
+        place = (panel["gridPos"]["x"], panel["gridPos"]["y"])
+        assert place not in seen and panel["description"]
+        seen.add(place)
+        for target in panel["targets"]:
+            names = re.findall(r"\bray_\w+", target["expr"])
+            assert names and all(name in known for name in names), target["expr"]
+            assert set(re.findall(r"\$(\w+)", target["expr"])) <= variables
+            assert target["expr"].count("(") == target["expr"].count(")")
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+
+
+def test_a_wrong_option_would_be_found() -> None:
+    with pytest.raises(Exception, match="No such option"):  # typer brings a click of its own
+        goldcrest_options(["run", "speaker", "--confg", "x"])
+    with pytest.raises(click.UsageError, match="No such option"):
+        ray_options(["start", "--head", "--lable=pool=cpu"])
