@@ -5,9 +5,9 @@ A test that tries to break something names its scenario, and how often it tried:
     @pytest.mark.scenario("a node is killed at a random second of a run")
     def test_...(record_property): record_property("tried", 10)
 
-With `GOLDCREST_RELIABILITY=docs/reliability.json` the tests add up what they saw, by scenario,
-replaces the rows of the scenarios that it ran and writes the table into the page (`make
-reliability`). Without it nothing is written.
+With `GOLDCREST_RELIABILITY=docs/reliability.json` a test session adds up what it saw, replaces the
+rows of the scenarios that it ran and writes the table into the page (`make reliability`). Without
+it nothing is written.
 """
 
 from __future__ import annotations

@@ -56,10 +56,11 @@ def test_a_node_killed_at_a_random_second(
     check(lose(tmp_path, "kill", seeds), seeds)
 
 
+@pytest.mark.slow
 @pytest.mark.scenario("a node is drained and taken away while it trains; no failure allowed")
 @pytest.mark.parametrize(
     "seeds",
-    [[21], pytest.param(list(range(22, 26)), marks=[pytest.mark.slow, pytest.mark.timeout(1200)])],
+    [[21], pytest.param(list(range(22, 26)), marks=pytest.mark.timeout(1200))],
 )
 def test_a_preempted_node_does_not_use_up_failures(
     tmp_path: Path, seeds: list[int], record_property: Any
