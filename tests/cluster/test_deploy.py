@@ -234,7 +234,8 @@ def test_the_service_is_one_that_serve_takes() -> None:
     found = importlib.import_module(module)
     assert callable(getattr(found, name))
     found.SpeakerSettings.model_validate(application.args)
-    found.ModelChoice.model_validate(application.deployments[0].user_config)
+    choice = importlib.import_module("goldcrest.pipelines.endpoints.speaker_choice").ModelChoice
+    choice.model_validate(application.deployments[0].user_config)
 
 
 def test_the_network_policy_fences_every_pod_and_opens_named_ports() -> None:
