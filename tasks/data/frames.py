@@ -83,6 +83,28 @@ class FrameReader:
         return {self.ids[int(row)]: int(row) for row in np.flatnonzero(self.copies == copy)}
 
 
+class JoinedFrames:
+    """Several frame files as one: the rows of the second follow those of the first, and so on."""
+
+    def __init__(self, readers: Sequence[FrameReader]) -> None:
+        """Raises ValueError if the readers differ in their number of features."""
+        if len({reader.dimensions for reader in readers}) != 1:
+            raise ValueError(f"{[reader.dimensions for reader in readers]} features: not alike")
+        self.readers = list(readers)
+        self.dimensions = self.readers[0].dimensions
+        self.starts = np.cumsum([0, *(len(reader) for reader in self.readers)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        """(T, F) float32, a copy."""
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        number = int(np.searchsorted(self.starts, row, side="right")) - 1
+        return self.readers[number][row - int(self.starts[number])]
+
+
 def chunk_lengths(chunk: pa.LargeBinaryArray) -> np.ndarray:
     """Bytes of every value of a binary array, (N,) int64, from its offsets alone."""
     offsets = np.frombuffer(chunk.buffers()[1], dtype=np.int64)

@@ -2,22 +2,31 @@
 
 Waveforms stream through a pool of workers; what comes out is written as it comes. The AugmentConfig
 asks for corrupted copies of the training utterances beside the clean ones; their speech frames are
-those of the clean copy, as in Kaldi's recipes.
+those of the clean copy, as in Kaldi's recipes. `speeds` adds speakers to what the network trains
+on: a speaker at another speed sounds like, and is taken for, another speaker.
+
+Source of `speeds`: H. Yamamoto et al., "Speaker Augmentation and Bandwidth Extension for Deep
+Speaker Embedding", Interspeech 2019, section 3.
 
 Artifact:
-    mfcc.arrow    speech frames of MFCC with deltas, float32 (see tasks/data/frames.py)
-    fbank.arrow   all frames of the log-mel filterbank, normalised, float16
-    index         id, copy, split
+    mfcc.arrow     speech frames of MFCC with deltas, float32 (see tasks/data/frames.py)
+    fbank.arrow    all frames of the log-mel filterbank, normalised, float16
+    speeds.arrow   the same of the training utterances at other speeds; its `copy` counts speeds
+                   from 1 (only if there are any)
+    index          id, copy, split of the rows of mfcc.arrow and fbank.arrow
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from goldcrest.cluster.api import Artifact, DoesNotChangeResult, Output, task
 from goldcrest.tasks.data import audio
@@ -32,12 +41,26 @@ class FeatureConfig(FrontEndConfig):
     """Both front ends, and the augmented copies."""
 
     augment: AugmentConfig = Field(AugmentConfig(), description="augmented copies for training")
+    speeds: tuple[Annotated[float, Field(ge=0.5, le=2.0)], ...] = Field(
+        (),
+        description="speeds at which every training utterance is given to the network once more, "
+        "as speech of another speaker; 0.9 and 1.1 are usual",
+    )
     workers: Annotated[int, DoesNotChangeResult] = Field(
         2, ge=1, description="processes that extract features"
     )
     batch_rows: int = Field(
         32, ge=1, description="utterances that a worker takes at a time; batches of the files too"
     )
+
+    @field_validator("speeds")
+    @classmethod
+    def _other_speeds(cls, speeds: tuple[float, ...]) -> tuple[float, ...]:
+        """At (almost) one speed the same voice would be two classes."""
+        voices = sorted((1.0, *speeds))
+        if any(b - a < 0.02 for a, b in itertools.pairwise(voices)):
+            raise ValueError(f"speeds must be 0.02 or more apart and away from 1, not {speeds}")
+        return speeds
 
 
 class Extract:
@@ -51,7 +74,7 @@ class Extract:
         self._front = FrontEnd(cfg)
 
     def __call__(self, utterances: pa.Table) -> pa.Table:
-        """Rows id, split, copy, mfcc (bytes), fbank (bytes): clean copies first, by utterance."""
+        """Rows as in `_ROWS`, utterance by utterance: clean copy, augmented ones, other speeds."""
         from goldcrest.tasks.speaker.augment import corrupt
 
         rows: list[dict[str, Any]] = []
@@ -71,6 +94,8 @@ class Extract:
                         self._seed,
                     )
                 rows.append(self._row(utterance, copy, samples, speech))
+            if utterance["split"] == "train":
+                rows += self._at_other_speeds(utterance, clean)
         return pa.Table.from_pylist(rows, schema=_ROWS)
 
     def _row(
@@ -82,9 +107,24 @@ class Extract:
             "id": utterance["id"],
             "split": utterance["split"],
             "copy": copy,
+            "speed": 0,
             "mfcc": mfcc.astype("<f4").tobytes(),
             "fbank": fbank.astype("<f2").tobytes(),
         }
+
+    def _at_other_speeds(
+        self, utterance: dict[str, Any], samples: np.ndarray
+    ) -> list[dict[str, Any]]:
+        import torch
+
+        from goldcrest.kernels.frontend.speed import change_speed
+
+        rows = []
+        for number, speed in enumerate(self._cfg.speeds, start=1):
+            fbank = self._front.fbank(change_speed(torch.from_numpy(samples), speed).numpy())
+            row = {"id": utterance["id"], "split": "train", "copy": 0, "speed": number}
+            rows.append({**row, "mfcc": b"", "fbank": fbank.astype("<f2").tobytes()})
+        return rows
 
 
 _ROWS = pa.schema(
@@ -92,6 +132,7 @@ _ROWS = pa.schema(
         ("id", pa.string()),
         ("split", pa.string()),
         ("copy", pa.int32()),
+        ("speed", pa.int32()),  # 0: as it was spoken; n: at the config's n-th speed
         ("mfcc", pa.large_binary()),
         ("fbank", pa.large_binary()),
     ]
@@ -111,17 +152,25 @@ def features(cfg: FeatureConfig, corpus: Artifact, out: Output) -> None:
     arguments = {"cfg": cfg, "bank": bank, "seed": out.seed}
     index: list[pa.Table] = []
     rows = 0
-    with (
-        FrameWriter(out.file("mfcc.arrow"), cfg.mfcc_dimensions, "float32") as mfcc,
-        FrameWriter(out.file("fbank.arrow"), cfg.network_dimensions, "float16") as fbank,
-    ):
-        for batch in out.runtime.stream(
+    with contextlib.ExitStack() as files:
+
+        def writer(name: str, dimensions: int, dtype: str) -> FrameWriter:
+            return files.enter_context(FrameWriter(out.file(name), dimensions, dtype))
+
+        mfcc = writer("mfcc.arrow", cfg.mfcc_dimensions, "float32")
+        fbank = writer("fbank.arrow", cfg.network_dimensions, "float16")
+        speeds = writer("speeds.arrow", cfg.network_dimensions, "float16") if cfg.speeds else None
+        for found in out.runtime.stream(
             corpus.shards("utterances"),
             Extract,
             arguments,
             workers=cfg.workers,
             batch_rows=cfg.batch_rows,
         ):
+            if speeds is not None:
+                other = found.filter(pc.field("speed") > 0)
+                speeds.write(*(other.column(name).to_pylist() for name in ("id", "speed", "fbank")))
+            batch = found.filter(pc.field("speed") == 0)
             ids, copies = batch.column("id").to_pylist(), batch.column("copy").to_pylist()
             mfcc.write(ids, copies, batch.column("mfcc").to_pylist())
             fbank.write(ids, copies, batch.column("fbank").to_pylist())

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from goldcrest.kernels.frontend.crop import random_crop
 from goldcrest.kernels.frontend.specaugment import spec_augment
 from goldcrest.kernels.speaker.ecapa_tdnn import EcapaTdnn
-from goldcrest.tasks.data.frames import FrameReader
+from goldcrest.tasks.data.frames import FrameReader, JoinedFrames
 
 Distillation = Literal["none", "squarehead", "logits", "feature_mse"]
 
@@ -39,7 +39,7 @@ class Examples:
     Column 0 of `rows` is the clean copy, the others are augmented copies of the same utterance.
     """
 
-    reader: FrameReader
+    reader: FrameReader | JoinedFrames
     rows: np.ndarray
     labels: np.ndarray
 
@@ -49,6 +49,19 @@ class Examples:
         places = [reader.rows(int(copy)) for copy in np.unique(reader.copies)]
         complete = [rows for rows in places if all(name in rows for name in ids)]
         return cls(reader, np.array([[rows[n] for rows in complete] for n in ids]), labels)
+
+    def with_speeds(self, speeds: FrameReader) -> Examples:
+        """Also the same utterances at other speeds, every class a new one at every speed."""
+        assert isinstance(self.reader, FrameReader)
+        joined = JoinedFrames([self.reader, speeds])
+        utterances = [self.reader.ids[int(row)] for row in self.rows[:, 0]]
+        rows, labels = [self.rows], [self.labels]
+        for number in np.unique(speeds.copies):
+            at = speeds.rows(int(number))
+            found = np.array([at[name] for name in utterances]) + len(self.reader)
+            rows.append(np.repeat(found[:, None], self.rows.shape[1], axis=1))
+            labels.append(self.labels + int(number) * self.classes)
+        return Examples(joined, np.concatenate(rows), np.concatenate(labels))
 
     @property
     def classes(self) -> int:

@@ -81,7 +81,10 @@ def pretrain(cfg: PretrainConfig, features: Artifact, labels: Artifact, out: Out
 
 
 def read_examples(features: Artifact, labels: Artifact, min_cluster: int) -> Any:
-    """The labelled utterances whose label is frequent enough, labels without gaps."""
+    """The labelled utterances whose label is frequent enough, labels without gaps.
+
+    What the features hold at other speeds follows, with labels of its own.
+    """
     from goldcrest.tasks.speaker.objective import Examples
 
     table = labels.table("labels")
@@ -95,7 +98,10 @@ def read_examples(features: Artifact, labels: Artifact, min_cluster: int) -> Any
         )
     compacted = np.unique(label[frequent], return_inverse=True)[1]
     reader = FrameReader(features.file("fbank.arrow"))
-    return Examples.of(reader, ids[frequent].tolist(), compacted)
+    examples = Examples.of(reader, ids[frequent].tolist(), compacted)
+    if "speeds.arrow" in features:
+        examples = examples.with_speeds(FrameReader(features.file("speeds.arrow")))
+    return examples
 
 
 def split_state(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

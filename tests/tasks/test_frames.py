@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from goldcrest.tasks.data.frames import FrameReader, FrameWriter
+from goldcrest.tasks.data.frames import FrameReader, FrameWriter, JoinedFrames
 
 
 @settings(deadline=None, max_examples=25)
@@ -47,3 +47,25 @@ def test_copies_are_found_by_id(tmp_path: Path) -> None:
     assert reader.rows(1) == {"a": 1}
     with pytest.raises(IndexError):
         reader[3]
+
+
+def write(path: Path, *rows: np.ndarray) -> FrameReader:
+    with FrameWriter(path, rows[0].shape[1], "float32") as writer:
+        writer.write(
+            [str(n) for n in range(len(rows))], [0] * len(rows), [r.tobytes() for r in rows]
+        )
+    return FrameReader(path)
+
+
+def test_joined_files_are_read_as_one(tmp_path: Path) -> None:
+    rows = [np.full((n + 1, 2), n, np.float32) for n in range(5)]
+    joined = JoinedFrames([write(tmp_path / "a", *rows[:2]), write(tmp_path / "b", *rows[2:])])
+    assert len(joined) == 5
+    again = pickle.loads(pickle.dumps(joined))
+    for number, row in enumerate(rows):
+        assert np.array_equal(again[number], row)
+    for beyond in (-1, 5):
+        with pytest.raises(IndexError):
+            joined[beyond]
+    with pytest.raises(ValueError, match="not alike"):
+        JoinedFrames([write(tmp_path / "c", rows[0]), write(tmp_path / "d", rows[0][:, :1])])

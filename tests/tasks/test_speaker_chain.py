@@ -172,6 +172,47 @@ def test_only_training_utterances_are_augmented(chain: dict[str, Artifact]) -> N
         assert copy.shape != reader[clean].shape or not np.allclose(copy, reader[clean], atol=0.1)
 
 
+def test_another_speed_is_another_speaker_to_the_network(
+    chain: dict[str, Artifact], run_task
+) -> None:
+    from goldcrest.kernels.frontend.speed import change_speed
+    from goldcrest.tasks.speaker.pretrain import read_examples
+
+    plain = chain["features"]
+    cfg = FeatureConfig(
+        augment={"copies": 1}, fbank={"mel_bins": 24}, deltas=1, speeds=(0.9, 1.1), batch_rows=5
+    )
+    made = run_task(features, cfg, chain["corpus"])
+    assert made.table("index").equals(plain.table("index"))  # i-vectors know nothing of it
+    one, all_of_them = (read_examples(each, chain["truth"], 2) for each in (plain, made))
+    count = len(one.labels)
+    assert (all_of_them.classes, len(all_of_them.labels)) == (3 * one.classes, 3 * count)
+    assert np.array_equal(all_of_them.rows[:count], one.rows)
+    front_end = FrontEnd(FrontEndConfig(**made.json("frontend")))
+    table = chain["corpus"].table("utterances")
+    spoken = dict(zip(table["id"].to_pylist(), table["audio"].to_pylist(), strict=True))
+    for number in (0, count - 1):
+        name = one.reader.ids[one.rows[number, 0]]
+        for place, speed in enumerate((0.9, 1.1), start=1):
+            row = place * count + number
+            assert all_of_them.labels[row] == one.labels[number] + place * one.classes
+            faster = change_speed(torch.from_numpy(from_pcm16(spoken[name])), speed)
+            frames = all_of_them.reader[int(all_of_them.rows[row, -1])]
+            assert np.allclose(frames, front_end.fbank(faster.numpy()), atol=2e-2)
+    settings: dict[str, Any] = {"crop_frames": (60, 60), "training": training(2)}
+    dense = run_task(pretrain, PretrainConfig(network=NETWORK, **settings), made, chain["truth"])
+    assert read_description(dense.path)["classes"] == 3 * one.classes
+    pruned = SparseConfig(sparsity=0.5, calibration=8, **settings)
+    sparse = run_task(sparse_finetune, pruned, dense, made, chain["truth"])
+    assert sparse.metrics["sparsity"]["pruned_layers"] == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize("speeds", [(1.0,), (0.9, 0.9), (0.3,)])
+def test_speeds_must_differ_from_speech_and_each_other(speeds: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="speeds"):
+        FeatureConfig(speeds=speeds)
+
+
 def test_ivectors_have_unit_length_and_pairs_by_id(chain: dict[str, Artifact]) -> None:
     found = read_vectors(chain["ivectors"], "train")
     assert np.linalg.norm(found.matrix, axis=1) == pytest.approx(1.0, abs=1e-5)
