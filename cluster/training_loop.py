@@ -69,6 +69,7 @@ _FREE_SETTINGS = {
     "cpus_per_worker",
     "gpus_per_worker",
     "max_failures",
+    "max_preemptions",
     "checkpoint_every",
 }
 

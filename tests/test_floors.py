@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -101,3 +103,15 @@ def test_public_functions_have_docstrings() -> None:
 def test_every_module_says_what_it_is() -> None:
     silent = [p for p in every_source() if not ast.get_docstring(ast.parse(p.read_text("utf-8")))]
     assert not silent
+
+
+@pytest.mark.parametrize("family", ["clustering", "margin", "sparsity"])
+def test_every_method_of_a_family_is_in_the_contract_of_independence(family: str) -> None:
+    module = importlib.import_module(f"goldcrest.kernels.{family}")
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    (contract,) = (
+        each for each in contracts["tool"]["importlinter"]["contracts"]
+        if each["type"] == "independence"
+    )  # fmt: skip
+    named = {name for name in contract["modules"] if f".{family}." in name}
+    assert named == {f"goldcrest.kernels.{family}.{method}" for method in module.methods()}

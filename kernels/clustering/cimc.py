@@ -39,7 +39,7 @@ from goldcrest.kernels.clustering.neighbours import neighbour_distance, typical_
 from goldcrest.kernels.clustering.network import Mlp, predict_logits, set_population_statistics
 from goldcrest.kernels.clustering.normalisation import Norm, apply_norm, check_norm, fit_norm
 from goldcrest.kernels.clustering.parallel import mean_over_workers
-from goldcrest.kernels.clustering.result import Clustering, Train, check_input
+from goldcrest.kernels.clustering.result import Clustering, Train, check_input, traced_rows
 from goldcrest.kernels.clustering.terms import vicreg
 from goldcrest.kernels.clustering.terms.augmentation import FixedSide, augmentation_loss
 from goldcrest.kernels.clustering.terms.divergence import cross_entropy, kl_divergence
@@ -48,7 +48,6 @@ from goldcrest.kernels.clustering.terms.infonce import Distance, infonce_loss
 from goldcrest.kernels.clustering.terms.mixup import MixSpace, mixup_loss
 from goldcrest.kernels.clustering.terms.supcon import AnchorMean, supcon_loss
 from goldcrest.kernels.clustering.terms.vat import adversarial_perturbation
-from goldcrest.kernels.metrics.clustering import supervised_metrics
 
 TRAINED = True
 
@@ -178,12 +177,12 @@ class CimcObjective:
         settings: Settings,
         *,
         augmented: Tensor | None = None,
-        truth: np.ndarray | None = None,
     ) -> None:
-        """`truth` (N,) only adds NMI, AMI and ACC to the history, for figures."""
         self.x, self.radius, self.augmented = x, radius, augmented
-        self.clusters, self.settings, self.truth = clusters, settings, truth
+        self.clusters, self.settings = clusters, settings
         self._labels = torch.full((len(x),), -1)
+        self._traced = torch.from_numpy(traced_rows(len(x)))
+        self._trace = torch.empty((0, len(self._traced)), dtype=torch.int32)
         self._lonely = torch.zeros((), dtype=torch.int64)
         self._certainty = torch.zeros(())
         terms = [name for name in TERMS if settings.terms.get(name, 0) > 0]
@@ -319,7 +318,7 @@ class CimcObjective:
 
         Entropies and mutual information over all vectors (nats), clusters in use, the entropy of
         their sizes, the share of vectors that kept their cluster since the last epoch
-        (`stability`), steps on which SupCon found no pair. NMI, AMI and ACC where truth is known.
+        (`stability`), steps on which SupCon found no pair.
         """
         assert isinstance(model, Mlp)
         set_population_statistics(model, self.x)
@@ -339,19 +338,23 @@ class CimcObjective:
         if "supcon" in self.settings.terms:
             metrics["supcon_lonely_steps"] = float(self._lonely)
         self._labels = labels
-        if self.truth is not None:
-            known = supervised_metrics(labels.numpy(), self.truth)
-            metrics |= {name: known[name] for name in ("nmi", "ami", "acc")}
+        self._trace = torch.cat([self._trace, labels[self._traced][None].int()])
         return metrics
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The last epoch's labels, the counter and the certainty: a resumed run is the same."""
-        return {"labels": self._labels, "lonely": self._lonely, "certainty": self._certainty}
+        """What a resumed run must know to be the same, and the trace of the labels."""
+        return {
+            "labels": self._labels,
+            "lonely": self._lonely,
+            "certainty": self._certainty,
+            "trace": self._trace,
+        }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what `state_dict` returned."""
         self._labels, self._lonely = state["labels"].clone(), state["lonely"].clone()
         self._certainty = state["certainty"].clone()
+        self._trace = state["trace"].clone()
 
 
 def radii(x: Tensor, settings: Settings, *, seed: int) -> Tensor:
@@ -370,14 +373,12 @@ def fit(
     seed: int,
     train: Train | None = None,
     augmented: Tensor | None = None,
-    truth: np.ndarray | None = None,
 ) -> Clustering:
     """Cluster x (N, D) float32 into at most `clusters` clusters; empty ones are legal.
 
     `train` (required) trains the objective, under the engine's own seed; `augmented` (J, N, D) are
     vectors of augmented copies of the same utterances in the same order, needed by `aug` and
-    `infonce`; `truth` (N,) adds curves to the history and changes nothing else. Raises ValueError
-    on bad input.
+    `infonce`. Raises ValueError on bad input.
     """
     check_input(x, clusters)
     if train is None:
@@ -392,11 +393,16 @@ def fit(
     if augmented is not None:
         augmented = torch.stack([apply_norm(norm, copy) for copy in augmented])
     radius = radii(x, settings, seed=seed)
-    trained = train(CimcObjective(x, radius, clusters, settings, augmented=augmented, truth=truth))
+    trained = train(CimcObjective(x, radius, clusters, settings, augmented=augmented))
     network = _network(trained.model_state)
     set_population_statistics(network, x)
     model = dict(norm) | {f"network.{name}": value for name, value in network.state_dict().items()}
-    return Clustering(labels=predict(model, raw), history=list(trained.history), model=model)
+    return Clustering(
+        labels=predict(model, raw),
+        history=list(trained.history),
+        model=model,
+        trace=trained.extra_state["trace"].numpy(),
+    )
 
 
 def _network(state: Mapping[str, Tensor]) -> Mlp:

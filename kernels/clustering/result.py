@@ -22,10 +22,18 @@ class TrainedLike(Protocol):
         ...
 
     @property
+    def extra_state(self) -> dict[str, Tensor]:
+        """The objective's own state after the last epoch."""
+        ...
+
+    @property
     def history(self) -> list[dict[str, float]]:
         """One row of numbers per epoch."""
         ...
 
+
+TRACED = 20_000
+"""Most rows whose clusters are kept of every epoch: 8 MB in a hundred."""
 
 Train = Callable[[Any], TrainedLike]
 """Trains an objective (model, batches, losses) and returns its weights and history."""
@@ -36,12 +44,20 @@ class Clustering:
     """The result of `fit`.
 
     `labels` (N,) int64 in [0, C), `history` one row of numbers per iteration or epoch, `model` the
-    tensors that the method's `predict(model, x)` needs to label further vectors.
+    tensors that the method's `predict(model, x)` needs to label further vectors. A method that is
+    trained also gives `trace` (epochs, S) int32: the clusters of the rows `traced_rows(N)` after
+    every epoch, so that who knows the truth can look at it afterwards and is not in the training.
     """
 
     labels: np.ndarray
     history: list[dict[str, float]]
     model: Mapping[str, Tensor] = field(default_factory=dict)
+    trace: np.ndarray | None = None
+
+
+def traced_rows(count: int) -> np.ndarray:
+    """Rows (S,) int64 of `count` vectors whose clusters are traced: all, or 20,000 evenly."""
+    return np.unique(np.linspace(0, count - 1, min(count, TRACED)).round().astype(np.int64))
 
 
 def check_input(x: Tensor, clusters: int) -> None:

@@ -16,8 +16,11 @@ from torch import Tensor, nn
 class MarginHead(Protocol):
     """What every method's `Head(embedding_dim, classes, settings)` offers besides `nn.Module`."""
 
-    def __call__(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """Mean loss of embeddings (B, E) float with labels (B,) int64 in 0..classes-1."""
+    def __call__(self, embeddings: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Mean loss of embeddings (B, E) float with labels (B,) int64; without labels, `logits`.
+
+        Both go through the module's call, where sharded training (ZeRO 3) gathers its weights.
+        """
         ...
 
     def logits(self, embeddings: Tensor) -> Tensor:

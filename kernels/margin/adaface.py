@@ -88,8 +88,10 @@ class Head(nn.Module):
         self.register_buffer("norm_mean", torch.tensor(20.0))
         self.register_buffer("norm_deviation", torch.tensor(100.0))
 
-    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """Unnormalised embeddings (B, E) and labels (B,) int64 -> mean loss, a scalar."""
+    def forward(self, embeddings: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Unnormalised embeddings (B, E), labels (B,) int64 -> mean loss; no labels -> `logits`."""
+        if labels is None:
+            return self.logits(embeddings)
         norms = embeddings.detach().float().norm(dim=1).clamp(*NORM_RANGE)
         if self.training:
             self._follow(norms)

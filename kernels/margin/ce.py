@@ -33,8 +33,10 @@ class Head(nn.Module):
         self.weight = class_weights(classes, embedding_dim)
         self.bias = nn.Parameter(self.weight.new_zeros(classes))
 
-    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """Embeddings (B, E) and labels (B,) int64 -> mean loss, a scalar."""
+    def forward(self, embeddings: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Embeddings (B, E) and labels (B,) int64 -> mean loss; no labels -> `logits`."""
+        if labels is None:
+            return self.logits(embeddings)
         smoothing = self.settings.label_smoothing
         return F.cross_entropy(self.logits(embeddings), labels, label_smoothing=smoothing)
 

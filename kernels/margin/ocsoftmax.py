@@ -77,8 +77,10 @@ class Head(nn.Module):
         self.settings = settings
         self.weight = class_weights(classes, embedding_dim)
 
-    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """Embeddings (B, E) and labels (B,) int64 -> mean loss, a scalar."""
+    def forward(self, embeddings: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Embeddings (B, E) and labels (B,) int64 -> mean loss; no labels -> `logits`."""
+        if labels is None:
+            return self.logits(embeddings)
         return loss(cosines(embeddings, self.weight), labels, self.settings)
 
     def logits(self, embeddings: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from scipy.sparse import coo_array
 from scipy.special import gammaln
 
 SUPERVISED = ("acc", "ami", "nmi", "completeness", "homogeneity", "fmi", "purity")
+_BLOCK = 1 << 22  # numbers in a working array
 UNSUPERVISED = ("silhouette", "calinski_harabasz", "davies_bouldin")
 
 
@@ -80,18 +81,25 @@ def expected_mutual_information(table: Contingency) -> float:
     b_values, b_times = np.unique(table.b, return_counts=True)
     result = 0.0
     for a, times in zip(a_values, a_times, strict=True):
-        w = np.arange(1.0, a + 1)[:, None]  # possible counts of a cell
-        b = b_values[None, :]
-        possible = (w <= b) & (w >= a + b - n)
-        rest = np.where(possible, b - w, 0.0)
-        outside = np.where(possible, n - a - b + w, 0.0)
-        log_p = gammaln(a + 1) + gammaln(b + 1) + gammaln(n - a + 1) + gammaln(n - b + 1)
-        log_p = log_p - gammaln(n + 1) - gammaln(w + 1) - gammaln(a - w + 1)
-        log_p = log_p - gammaln(rest + 1) - gammaln(outside + 1)
-        p = np.exp(np.where(possible, log_p, -np.inf))
-        terms = w / n * np.log(n * w / (a * b)) * p
-        result += float(times * (terms.sum(axis=0) * b_times).sum())
+        w = np.arange(1.0, min(a, b_values[-1]) + 1)[:, None]  # possible counts of a cell
+        step = max(1, _BLOCK // len(w))  # a collapsed clustering has very many counts
+        for start in range(0, len(b_values), step):
+            b = b_values[None, start : start + step]
+            shares = _expected_shares(w, float(a), b, float(n)).sum(axis=0)
+            result += float(times * (shares * b_times[start : start + step]).sum())
     return result
+
+
+def _expected_shares(w: np.ndarray, a: float, b: np.ndarray, n: float) -> np.ndarray:
+    """w/n log(n w / (a b)) P(w | a, b, n) (W, K): counts w (W, 1), cluster a, classes b (1, K)."""
+    possible = (w <= b) & (w >= a + b - n)
+    rest = np.where(possible, b - w, 0.0)
+    outside = np.where(possible, n - a - b + w, 0.0)
+    log_p = gammaln(a + 1) + gammaln(b + 1) + gammaln(n - a + 1) + gammaln(n - b + 1)
+    log_p = log_p - gammaln(n + 1) - gammaln(w + 1) - gammaln(a - w + 1)
+    log_p = log_p - gammaln(rest + 1) - gammaln(outside + 1)
+    p = np.exp(np.where(possible, log_p, -np.inf))
+    return w / n * np.log(n * w / (a * b)) * p
 
 
 def _one_to_one(table: Contingency) -> bool:

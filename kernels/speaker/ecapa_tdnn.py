@@ -168,9 +168,9 @@ class EcapaTdnn(nn.Module):
                 variant=settings.asp_variant,
             )
         )
-        self.pooling_norm = nn.BatchNorm1d(2 * wide)
+        self.pooling_norm = MaskedBatchNorm1d(2 * wide)
         self.embed = nn.Linear(2 * wide, settings.embedding_dim)
-        self.embed_norm = nn.BatchNorm1d(settings.embedding_dim)
+        self.embed_norm = MaskedBatchNorm1d(settings.embedding_dim)
         self.dropout = nn.Dropout(settings.dropout)
 
     def forward(self, features: Tensor, lengths: Tensor | None = None) -> Tensor:

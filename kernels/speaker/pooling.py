@@ -90,18 +90,37 @@ class MaskedBatchNorm1d(nn.BatchNorm1d):
     """BatchNorm1d over (B, C, T) whose training statistics count real frames only.
 
     Without it a batch that is padded trains towards the statistics of its padding. In eval mode,
-    or without a mask, it is BatchNorm1d itself.
+    or without a mask, it is BatchNorm1d itself. In half precision its statistics stay float32:
+    a running mean in bfloat16 stops moving once a step is under 1/256 of it.
     """
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Normalise (B, C, T); padded frames come out as 0 in training mode."""
+        """Normalise (B, C, T) or (B, C); padded frames come out as 0 in training mode."""
         if mask is None or not self.training:
-            return super().forward(input)
+            return self._normalise(input)
         real = mask[:, 0, :] > 0
-        frames_NC = super().forward(input.transpose(1, 2)[real])
+        frames_NC = self._normalise(input.transpose(1, 2)[real])
         output = torch.zeros_like(input).transpose(1, 2)
         output[real] = frames_NC
         return output.transpose(1, 2)
+
+    def _normalise(self, input: Tensor) -> Tensor:
+        """BatchNorm1d in any mixture of precisions, such as an engine for bfloat16 makes."""
+        if input.dtype is torch.float32 and self.weight.dtype is torch.float32:
+            return super().forward(input)
+        assert self.running_mean is not None and self.running_var is not None
+        assert self.num_batches_tracked is not None
+        mean, variance = self.running_mean.float(), self.running_var.float()
+        output = nn.functional.batch_norm(
+            input.float(), mean, variance, self.weight.float(), self.bias.float(),
+            self.training, self.momentum or 0.0, self.eps,
+        )  # fmt: skip
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        if self.training and self.running_mean.dtype is not torch.float32:  # else moved in place
+            self.running_mean.copy_(mean)
+            self.running_var.copy_(variance)
+        return output.to(input.dtype)
 
 
 class AttentiveStatisticsPooling(nn.Module):

@@ -50,6 +50,15 @@ class Recording:
     problem: str | None = None
 
 
+def recording_of(utterance: str) -> str:
+    """The recording that an utterance was cut from, by their ids.
+
+    `corpus/file.wav#003` -> `corpus/file.wav`; a name that only holds a `#` stays.
+    """
+    stem, mark, number = utterance.rpartition("#")
+    return stem if mark and len(number) >= 3 and number.isdigit() else utterance
+
+
 def read_corpora(
     paths: tuple[str, ...], layout: Layout = "auto", names: tuple[str, ...] | None = None
 ) -> list[Recording]:

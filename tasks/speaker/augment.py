@@ -78,7 +78,7 @@ class NoiseBank:
     """What to corrupt with; empty lists: synthetic noise and rooms.
 
     `noises` and `rooms` are files, or what is in them, opened when they are drawn: a corpus of
-    noises is larger than memory. `voices` are pairs of a speaker and a waveform (N,) float32 at
+    noises is larger than memory. `voices` are pairs of a recording and a waveform (N,) float32 at
     16 kHz. `left_out` counts files that can't be read.
     """
 
@@ -87,9 +87,9 @@ class NoiseBank:
     voices: Sequence[tuple[str, np.ndarray]]
     left_out: int = 0
 
-    def without(self, speaker: str) -> NoiseBank:
-        """The bank without this speaker's voice: babble is of others."""
-        others = [voice for voice in self.voices if voice[0] != speaker]
+    def without(self, recording: str) -> NoiseBank:
+        """The bank without the voice of this recording, which would be babbling to itself."""
+        others = [voice for voice in self.voices if voice[0] != recording]
         return replace(self, voices=others)
 
 

@@ -124,6 +124,10 @@ def _keep(cfg: ChooseLabelsConfig, best: Artifact, out: Output) -> None:
     out.json("history", history)
     if len(history) > 1:
         out.figure("history", history_figure(history))
+    if "agreement.json" in best:
+        agreement = best.json("agreement")
+        out.json("agreement", agreement)
+        out.figure("agreement", history_figure(agreement))
 
 
 def _asked(artifact: Artifact) -> int:

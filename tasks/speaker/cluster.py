@@ -8,6 +8,7 @@ Artifact:
     labels     id, label (0..K-1, without gaps)
     model      the tensors that label further vectors
     history    one row per epoch or iteration, and the figure of it
+    agreement  NMI, AMI and ACC after every epoch, and the figure of them, where speakers are known
 """
 
 from __future__ import annotations
@@ -21,7 +22,12 @@ from pydantic import Field, model_validator
 
 from goldcrest.cluster.api import Artifact, Config, Output, StepError, TrainingConfig, task
 from goldcrest.tasks.methods import complete_method, settings_of
-from goldcrest.tasks.speaker.labels import clustering_facts, compact, write_labels
+from goldcrest.tasks.speaker.labels import (
+    clustering_facts,
+    compact,
+    speaker_truth,
+    write_labels,
+)
 from goldcrest.tasks.speaker.training import fitting, history_figure
 from goldcrest.tasks.speaker.vectors import Vectors, read_vectors
 
@@ -88,6 +94,34 @@ def cluster(
     out.metrics(clustering={cfg.label or cfg.method: facts})
     if len(result.history) > 1:
         out.figure("history", history_figure(result.history))
+    rows = agreement(result.trace, found.ids, corpus)
+    if len(rows) > 1:
+        out.json("agreement", rows)
+        out.figure("agreement", history_figure(rows))
+
+
+def agreement(
+    trace: np.ndarray | None, ids: list[str], corpus: Artifact | None
+) -> list[dict[str, float]]:
+    """NMI, AMI and ACC of every epoch's labels with the speakers, for the figure alone.
+
+    Computed after the training from the labels that it kept: no step that trains sees a speaker.
+    """
+    from goldcrest.kernels.clustering.result import traced_rows
+    from goldcrest.kernels.metrics.clustering import supervised_metrics
+
+    truth = speaker_truth(ids, corpus)
+    if trace is None or truth is None:
+        return []
+    known, speakers = truth
+    numbers = np.full(len(ids), -1)
+    numbers[known] = speakers
+    wanted = numbers[traced_rows(len(ids))]
+    rows = []
+    for epoch, labels in enumerate(trace):
+        found = supervised_metrics(labels[wanted >= 0], wanted[wanted >= 0])
+        rows.append({"epoch": epoch, **{name: found[name] for name in ("nmi", "ami", "acc")}})
+    return rows
 
 
 def _fit(cfg: ClusterConfig, found: Vectors, clusters: int, out: Output) -> Clustering:

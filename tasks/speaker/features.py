@@ -30,6 +30,7 @@ from pydantic import Field, field_validator
 
 from goldcrest.cluster.api import Artifact, DoesNotChangeResult, Output, task
 from goldcrest.tasks.data import audio
+from goldcrest.tasks.data.corpus import recording_of
 from goldcrest.tasks.data.frames import FrameWriter
 from goldcrest.tasks.speaker.augment import AugmentConfig, NoiseBank, load_noise_bank
 from goldcrest.tasks.speaker.frontend import FrontEnd, FrontEndConfig
@@ -90,7 +91,7 @@ class Extract:
                         utterance["id"],
                         copy,
                         self._cfg.augment,
-                        self._bank.without(utterance["speaker"] or utterance["id"]),
+                        self._bank.without(recording_of(utterance["id"])),
                         self._seed,
                     )
                 rows.append(self._row(utterance, copy, samples, speech))
@@ -186,15 +187,17 @@ def features(cfg: FeatureConfig, corpus: Artifact, out: Output) -> None:
 
 
 def _babble_pool(corpus: Artifact, seed: int) -> list[tuple[str, np.ndarray]]:
-    """Seeded training utterances with their speakers, an equal share of every shard."""
+    """Seeded training utterances with their recordings, an equal share of every shard.
+
+    Not with their speakers: features must be the same whether the speakers are known or not.
+    """
     pool: list[tuple[str, np.ndarray]] = []
     shards = corpus.shards("utterances")
     share = -(-_BABBLE_POOL // len(shards))
     for number, shard in enumerate(shards):
-        table = pq.read_table(shard, columns=["id", "speaker", "split", "audio"])
+        table = pq.read_table(shard, columns=["id", "split", "audio"])
         train = np.flatnonzero(np.array(table.column("split").to_pylist()) == "train")
         for row in np.random.default_rng([seed, 5, number]).permutation(train)[:share]:
             facts = table.slice(int(row), 1).to_pylist()[0]
-            who = facts["speaker"] or facts["id"]
-            pool.append((who, audio.from_pcm16(facts["audio"])))
+            pool.append((recording_of(facts["id"]), audio.from_pcm16(facts["audio"])))
     return pool[:_BABBLE_POOL]

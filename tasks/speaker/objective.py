@@ -37,11 +37,13 @@ class Examples:
     """Which rows of a frame file train which class: rows (N, copies) int, labels (N,) int64.
 
     Column 0 of `rows` is the clean copy, the others are augmented copies of the same utterance.
+    Every utterance is there `speeds` times, each time with a class of its own.
     """
 
     reader: FrameReader | JoinedFrames
     rows: np.ndarray
     labels: np.ndarray
+    speeds: int = 1
 
     @classmethod
     def of(cls, reader: FrameReader, ids: list[str], labels: np.ndarray) -> Examples:
@@ -61,7 +63,7 @@ class Examples:
             found = np.array([at[name] for name in utterances]) + len(self.reader)
             rows.append(np.repeat(found[:, None], self.rows.shape[1], axis=1))
             labels.append(self.labels + int(number) * self.classes)
-        return Examples(joined, np.concatenate(rows), np.concatenate(labels))
+        return Examples(joined, np.concatenate(rows), np.concatenate(labels), speeds=len(rows))
 
     @property
     def classes(self) -> int:
@@ -154,13 +156,18 @@ class SpeakerObjective:
     def evaluate(self, model: nn.Module, *, epoch: int) -> dict[str, float]:
         """Share of a fixed sample of training utterances whose class is the highest."""
         assert isinstance(model, SpeakerClassifier)
-        rng = np.random.default_rng(0)
-        sample = rng.permutation(len(self))[:256]
+        sample = np.random.default_rng(0).permutation(len(self))[:256]
+        found = [self.examples.reader[int(row)] for row in self.examples.rows[sample, 0]]
+        order = np.argsort([len(frames) for frames in found])  # alike lengths pad little
+        device = next(model.parameters()).device
         right = 0
-        for index in sample:
-            features = torch.from_numpy(self.examples.reader[int(self.examples.rows[index, 0])])
-            logits = model.head.logits(model.network(features.mT[None]))  # type: ignore[operator]
-            right += int(logits.argmax() == int(self.examples.labels[index]))
+        for places in np.array_split(order, -(-len(order) // 16)):
+            features = [torch.from_numpy(found[place]) for place in places]
+            lengths = torch.tensor([len(each) for each in features])
+            padded = nn.utils.rnn.pad_sequence(features, batch_first=True).mT
+            logits = model.head(model.network(padded.to(device), lengths.to(device)))
+            labels = torch.from_numpy(self.examples.labels[sample[places]])
+            right += int((logits.argmax(dim=1).cpu() == labels).sum())
         return {"train_accuracy": right / len(sample)}
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -201,12 +208,13 @@ class SparseObjective(SpeakerObjective):
         model.load_state_dict(self.initial)
         return model
 
-    def _frozen_teacher(self) -> SpeakerClassifier:
+    def _frozen_teacher(self, device: torch.device) -> SpeakerClassifier:
+        """The dense network in float32, whatever the student computes in."""
         if self._teacher is None:
             teacher = super().build_model()
             teacher.load_state_dict(self.teacher_state)
             assert isinstance(teacher, SpeakerClassifier)
-            self._teacher = teacher.eval().requires_grad_(False)
+            self._teacher = teacher.eval().requires_grad_(False).to(device)
         return self._teacher
 
     def losses(
@@ -222,12 +230,12 @@ class SparseObjective(SpeakerObjective):
         if self.distillation == "none":
             return found
         with torch.no_grad():
-            teacher = self._frozen_teacher()
+            teacher = self._frozen_teacher(batch["features"].device)
             wanted_embeddings, wanted = teacher.network.blocks(batch["features"])
         if self.distillation == "logits":
             found["logits"] = logit_kd.loss(
-                teacher.head.logits(wanted_embeddings),  # type: ignore[operator]
-                model.head.logits(embeddings),  # type: ignore[operator]
+                teacher.head(wanted_embeddings),
+                model.head(embeddings),
                 None,
                 self.distillation_settings,
             )

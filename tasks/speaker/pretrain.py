@@ -71,8 +71,9 @@ def pretrain(cfg: PretrainConfig, features: Artifact, labels: Artifact, out: Out
             "classes": examples.classes,
             "training": {
                 "labels": "true" if cfg.labels else "pseudo",
-                "utterances": len(objective),
-                "classes": examples.classes,
+                "utterances": len(objective) // examples.speeds,
+                "classes": examples.classes // examples.speeds,
+                "speeds of each": examples.speeds,
                 "epochs": training.epochs,
                 "loss": cfg.margin,
             },

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from goldcrest.cluster.api import Artifact, InputError, Output
+from goldcrest.tasks.data.corpus import recording_of
 
 MAX_LINE = 4_096  # characters of a line of a trial list
 
@@ -153,7 +154,7 @@ def _recordings(corpus: Artifact) -> tuple[dict[str, _Recording], set[str]]:
     segments: dict[str, list[str]] = {}
     about: dict[str, tuple[str, str]] = {}
     for row in facts:
-        name = _recording_of(row["id"])
+        name = recording_of(row["id"])
         segments.setdefault(name, []).append(row["id"])
         about[name] = (row["corpus"], row["split"])
     lost = [row["id"] for row in corpus.table("quarantine", ["id"]).to_pylist()]
@@ -163,12 +164,6 @@ def _recordings(corpus: Artifact) -> tuple[dict[str, _Recording], set[str]]:
         recording = _Recording(name, *about[name], tuple(parts))
         known |= dict.fromkeys([*parts, *_calls(name, paths)], recording)
     return known, {call for name in lost for call in _calls(name, paths)}
-
-
-def _recording_of(utterance: str) -> str:
-    """`corpus/file.wav#003` -> `corpus/file.wav`; a name that only holds a `#` stays."""
-    stem, mark, number = utterance.rpartition("#")
-    return stem if mark and len(number) >= 3 and number.isdigit() else utterance
 
 
 def _calls(name: str, paths: Counter[str]) -> list[str]:

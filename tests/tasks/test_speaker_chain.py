@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -172,6 +173,28 @@ def test_only_training_utterances_are_augmented(chain: dict[str, Artifact]) -> N
         assert copy.shape != reader[clean].shape or not np.allclose(copy, reader[clean], atol=0.1)
 
 
+def test_features_are_the_same_without_speakers(chain: dict[str, Artifact], run_task) -> None:
+    """Also babble, which is drawn from other utterances: no label reaches what is trained on."""
+    import pyarrow.parquet as pq
+
+    from goldcrest.cluster.artifact import describe_files
+
+    blind = chain["corpus"].path.parent / "blind"
+    shutil.copytree(chain["corpus"].path, blind)
+    for shard in (blind / "utterances").iterdir():
+        table = pq.read_table(shard)
+        place = table.column_names.index("speaker")
+        nobody = pa.nulls(table.num_rows, pa.string())
+        pq.write_table(table.set_column(place, "speaker", nobody), shard)
+    manifest = {**chain["corpus"].manifest, "files": describe_files(blind)}
+    cfg = FeatureConfig(augment={"copies": 2, "kinds": ("babble",)}, fbank={"mel_bins": 24})
+    known, unknown = (
+        run_task(features, cfg, corpus) for corpus in (chain["corpus"], Artifact(blind, manifest))
+    )
+    for name in ("mfcc.arrow", "fbank.arrow"):
+        assert known.file(name).read_bytes() == unknown.file(name).read_bytes(), name
+
+
 def test_another_speed_is_another_speaker_to_the_network(
     chain: dict[str, Artifact], run_task
 ) -> None:
@@ -232,8 +255,6 @@ def test_shards_change_nothing(chain: dict[str, Artifact], run_task) -> None:
 
 def test_the_extractor_never_sees_evaluation_speakers(chain: dict[str, Artifact], run_task) -> None:
     """Evaluation rows replaced by zeros: the extractor's tensors stay the same bytes."""
-    import pyarrow as pa
-
     folder = chain["features"].path.parent / "tampered"
     if not folder.exists():
         shutil.copytree(chain["features"].path, folder)

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -33,7 +34,9 @@ def mixed_target(
     """Logits (B, C) of mixed predictions, mixed as logits or (the ablation) as probabilities."""
     if space == "logits":
         return mix(logits, partner, share)
-    return mix(log_probabilities(logits).exp(), partner, share).log()
+    # In logarithms: a probability that underflows to 0 would make the target's logarithm infinite.
+    logs, a = log_probabilities(logits), share[:, None]
+    return torch.logaddexp(a.log() + logs, (-a).log1p() + logs[partner])
 
 
 def mixup_loss(

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from goldcrest.kernels.clustering import cimc, kmeans
+from goldcrest.kernels.clustering.result import traced_rows
 from goldcrest.kernels.metrics.clustering import accuracy, normalised_mutual_information
 
 ALL_TERMS = dict.fromkeys(cimc.TERMS, 1.0)
@@ -165,9 +166,10 @@ def test_radii_are_a_share_of_the_tenth_neighbours_distance() -> None:
 def test_cimc_with_the_studys_settings_finds_blobs_and_beats_its_start(loop) -> None:
     x, truth = sphere_blobs(each=100, noise=0.15)
     train = loop(epochs=30, batch_size=200, learning_rate=0.5)
-    found = cimc.fit(x, 8, small(start_certainty=0.8), seed=0, train=train, truth=truth)
+    found = cimc.fit(x, 8, small(start_certainty=0.8), seed=0, train=train)
     assert accuracy(found.labels, truth) > 0.95
-    assert found.history[-1]["acc"] > found.history[0]["acc"] + 0.2
+    assert found.trace is not None
+    assert accuracy(found.trace[-1], truth) > accuracy(found.trace[0], truth) + 0.2
     assert found.history[-1]["mutual_information"] > 0.9 * np.log(8)
     assert np.array_equal(cimc.predict(found.model, x), found.labels)
 
@@ -192,14 +194,25 @@ def test_standalone_supcon_does_not_find_blobs(loop) -> None:
     assert accuracy(found.labels, truth) < 0.6
 
 
-def test_truth_adds_curves_and_changes_nothing(loop) -> None:
-    x, truth = sphere_blobs(each=20)
+def test_labels_of_every_epoch_are_kept_also_over_a_resumption(loop) -> None:
+    x, _ = sphere_blobs(each=20)
     train = loop(epochs=3, batch_size=80, learning_rate=0.05)
-    with_truth = cimc.fit(x, 8, small(), seed=0, train=train, truth=truth)
-    without = cimc.fit(x, 8, small(), seed=0, train=train)
-    assert np.array_equal(with_truth.labels, without.labels)
-    assert {"nmi", "ami", "acc"} <= set(with_truth.history[0])
-    assert not {"nmi", "ami", "acc"} & set(without.history[0])
+    whole = cimc.fit(x, 8, small(), seed=0, train=train)
+    assert whole.trace is not None
+    assert whole.trace.shape == (3, len(x))
+    assert np.array_equal(whole.trace[-1], whole.labels)
+
+    def cut(objective: cimc.CimcObjective):
+        fresh = pickle.loads(pickle.dumps(objective))
+        return train(fresh, resume=train(objective, stop_after=1))
+
+    assert np.array_equal(cimc.fit(x, 8, small(), seed=0, train=cut).trace, whole.trace)
+
+
+def test_few_rows_of_many_are_traced() -> None:
+    assert traced_rows(7).tolist() == list(range(7))
+    rows = traced_rows(1_000_003)
+    assert (len(rows), rows[0], rows[-1]) == (20_000, 0, 1_000_002)
 
 
 def test_the_start_carries_no_information(loop) -> None:

@@ -69,3 +69,20 @@ def test_renormalised_mixes_have_unit_length() -> None:
     )
     torch.testing.assert_close(seen[0].norm(dim=1), torch.ones(10, dtype=torch.float64))
     assert not torch.allclose(mix(x, partner, share).norm(dim=1), torch.ones(10).double())
+
+
+def test_probabilities_that_underflow_stay_finite() -> None:
+    # softmax of a difference of 800 is 0 in any precision; a logarithm of it would be -inf.
+    logits = torch.tensor([[800.0, 0.0], [799.0, 0.0]], requires_grad=True)
+    partner, share = torch.tensor([1, 0]), torch.tensor([0.3, 1.0])
+    target = mixed_target(logits, partner, share, space="probabilities")
+    assert bool(target.isfinite().all())
+    x = torch.eye(2)
+    loss = mixup_loss(lambda rows: rows * 5, x, logits, partner, share, space="probabilities")
+    loss_through = mixup_loss(
+        lambda rows: rows * 5, x, logits, partner, share, space="probabilities", fixed_target=False
+    )
+    loss_through.backward()
+    assert bool(loss.isfinite())
+    assert logits.grad is not None
+    assert bool(logits.grad.isfinite().all())

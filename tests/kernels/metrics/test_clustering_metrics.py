@@ -94,6 +94,20 @@ def _blobs(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return rng.normal(size=(200, 6)) + 2.0 * rng.normal(size=(8, 6))[labels], labels
 
 
+def test_expected_information_in_blocks_and_of_a_collapse(monkeypatch) -> None:
+    rng = np.random.default_rng(3)
+    truth = rng.integers(0, 40, 3000) * rng.integers(0, 2, 3000)
+    for labels in (np.zeros(3000, int), rng.integers(0, 7, 3000)):
+        whole = clustering.expected_mutual_information(clustering.contingency(labels, truth))
+        monkeypatch.setattr(clustering, "_BLOCK", 100)
+        cut = clustering.expected_mutual_information(clustering.contingency(labels, truth))
+        monkeypatch.undo()
+        assert cut == pytest.approx(whole, rel=1e-12)
+    # One cluster holds no information, whatever the classes: E[I] = 0.
+    one = clustering.contingency(np.zeros(3000, int), truth)
+    assert clustering.expected_mutual_information(one) == pytest.approx(0, abs=1e-12)
+
+
 def test_unsupervised_metrics_equal_scikit_learn() -> None:
     x, labels = _blobs()
     assert clustering.silhouette(x, labels) == pytest.approx(sk.silhouette_score(x, labels))
