@@ -196,6 +196,8 @@ class _Sweep:
                     failure_config=tune.FailureConfig(max_failures=_LOST),
                     checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                     verbose=0,
+                    # Silent as well, where Tune's choice for a notebook clears what was printed.
+                    progress_reporter=tune.CLIReporter(),
                 ),
             ).fit()
         self.monitor.close()

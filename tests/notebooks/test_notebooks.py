@@ -1,14 +1,29 @@
-"""Every notebook runs from top to bottom in a fresh process, and keeps no outputs that lie."""
+"""Every notebook runs from top to bottom in a fresh process, keeps no outputs that lie, and leaves
+neither processes nor files behind.
+
+They share a store, as a reader's do: the first one to run makes what the others find there.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
+ROOT = Path(__file__).parents[2]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SWEEP = ROOT / "notebooks" / "2_sweep.ipynb"
+SLOW = {
+    SWEEP
+}  # a sweep on a real Ray is in the fast suite already: tests/pipelines/test_cli_sweep.py
+END_SECONDS = 30.0  # for Ray's processes to go, after the kernel that started them
 
 
 def read(path: Path) -> Any:
@@ -19,6 +34,27 @@ def read(path: Path) -> Any:
     return notebook
 
 
+def processes(store: Path) -> Iterator[str]:
+    """Processes that know this store from their environment: all that a notebook has started."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("GOLDCREST_STORE") == str(store):
+                yield f"{process.pid} {process.name()}"
+
+
+def files() -> set[Path]:
+    """What lies beside the notebooks and at the root."""
+    found = {*ROOT.iterdir(), *(ROOT / "notebooks").iterdir()}
+    made_by_others = re.compile(r"build|.*cache(__)?")
+    return {path for path in found if not made_by_others.fullmatch(path.name)}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store of all notebooks."""
+    return tmp_path_factory.mktemp("notebooks") / "store"
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_keeps_no_outputs(path: Path) -> None:
     for cell in json.loads(path.read_text("utf-8"))["cells"]:
@@ -26,13 +62,38 @@ def test_a_notebook_keeps_no_outputs(path: Path) -> None:
         assert cell.get("execution_count") is None
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nbclient import NotebookClient
+def test_the_sweep_of_the_notebook_may_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The notebook up to its trials: what it asks for is checked as the sweep would check it."""
+    from goldcrest.cluster.sweep_plan import plan_sweep
 
     monkeypatch.setenv("GOLDCREST_STORE", str(tmp_path / "store"))
+    monkeypatch.chdir(SWEEP.parent)
+    cells = [cell.source for cell in read(SWEEP).cells if cell.cell_type == "code"]
+    trials = next(place for place, source in enumerate(cells) if " = sweep(" in source)
+    names: dict[str, Any] = {}
+    exec("\n".join(cells[:trials]), names)
+    asked = (names[name] for name in ("speaker", "tree", "space", "options"))
+    plan = plan_sweep(*asked, profile=names["profile"])
+    assert plan.touched == ["cluster-tried"]  # the notebook says: a trial is one step
+    assert len(plan.points) == 6
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path in SLOW else [])
+        for path in NOTEBOOKS
+    ],
+)
+def test_a_notebook_runs(path: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nbclient import NotebookClient
+
+    monkeypatch.setenv("GOLDCREST_STORE", str(store))
     monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
+    before = files()
     notebook = read(path)
     client = NotebookClient(notebook, timeout=500, resources={"metadata": {"path": path.parent}})
     client.execute()
@@ -40,3 +101,8 @@ def test_a_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert all(cell.execution_count for cell in ran)
     stderr = [o for cell in ran for o in cell.outputs if o.output_type == "error"]
     assert not stderr
+    assert files() == before
+    limit = time.monotonic() + END_SECONDS
+    while list(processes(store)) and time.monotonic() < limit:
+        time.sleep(0.5)
+    assert not list(processes(store))
