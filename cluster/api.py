@@ -280,6 +280,14 @@ class Trained:
 class Runtime(Protocol):
     """Where a step's own fan-out runs: on the Ray cluster in a run, in this process in a test."""
 
+    @property
+    def gpus(self) -> float:
+        """GPUs that the cluster profile gives each worker of this step.
+
+        Work that can use one asks for it (`map(..., gpus=runtime.gpus)`) and computes on "cuda".
+        """
+        ...
+
     def map(
         self,
         function: Callable[..., Any],

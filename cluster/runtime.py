@@ -43,6 +43,8 @@ _ACTOR_RESTARTS = 3
 class LocalRuntime:
     """Everything here, one after the other: the plain twin of `RayRuntime`, for tests."""
 
+    gpus = 0.0
+
     def map(
         self,
         function: Callable[..., Any],
@@ -96,6 +98,11 @@ class RayRuntime:
     def __init__(self, *, held_cpus: float = 0.0, workers: Resources | None = None) -> None:
         self._held_cpus = held_cpus
         self._workers = workers or Resources(cpus=0.0)
+
+    @property
+    def gpus(self) -> float:
+        """GPUs that the profile gives each worker."""
+        return self._workers.gpus
 
     def map(
         self,

@@ -41,6 +41,10 @@ class TensorRecord:
             )
         return cls(**tensors)
 
+    def to(self, device: str) -> Self:
+        """The record with its tensors on `device`."""
+        return type(self)(**{name: value.to(device) for name, value in self.to_tensors().items()})
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Accumulator(TensorRecord):

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from goldcrest.cluster.api import Artifact, Config, Output, StepError, TrainingConfig, task
 from goldcrest.tasks.methods import complete_method, settings_of
@@ -28,7 +28,7 @@ from goldcrest.tasks.speaker.labels import (
     speaker_truth,
     write_labels,
 )
-from goldcrest.tasks.speaker.training import fitting, history_figure
+from goldcrest.tasks.speaker.training import check_batches, fitting, history_figure
 from goldcrest.tasks.speaker.vectors import Vectors, read_vectors
 
 if TYPE_CHECKING:
@@ -58,6 +58,12 @@ class ClusterConfig(Config):
         ),
         description="the training engine, for methods that are trained by gradients",
     )
+
+    @field_validator("training")
+    @classmethod
+    def _batches_normalise(cls, training: TrainingConfig) -> TrainingConfig:
+        check_batches(training)
+        return training
 
     @model_validator(mode="after")
     def _complete(self) -> Self:

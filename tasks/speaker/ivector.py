@@ -2,7 +2,8 @@
 
 Everything is estimated on the clean training utterances. Statistics are accumulated by workers over
 shards of utterances and merged; the Baum-Welch statistics of a shard stay in a file beside the
-step, so that neither frames nor statistics need to fit into memory.
+step, so that neither frames nor statistics need to fit into memory. Where the cluster profile gives
+the step's workers a GPU, they accumulate and extract on it.
 
 Artifact:
     vectors      id, copy, split, vector (length-normalised i-vectors)
@@ -69,7 +70,7 @@ def ivector(cfg: IvectorConfig, features: Artifact, out: Output) -> None:
     train = np.flatnonzero((splits == "train") & (reader.copies == 0))
     if len(train) < 2:
         raise StepError(f"i-vectors need two training utterances or more, there are {len(train)}")
-    fan_out = out.runtime.map
+    fan_out = functools.partial(out.runtime.map, gpus=out.runtime.gpus)
     ubm = _train_ubm(cfg, reader, train, out, fan_out)
     shards = _write_statistics(cfg, reader, train, ubm, out, fan_out)
     model = _train_model(cfg, ubm, shards, out, fan_out)
@@ -84,6 +85,11 @@ def ivector(cfg: IvectorConfig, features: Artifact, out: Output) -> None:
 FanOut = Callable[..., Iterable[Any]]
 
 
+def _device(out: Output) -> str:
+    """Where the workers compute."""
+    return "cuda" if out.runtime.gpus else "cpu"
+
+
 def _train_ubm(
     cfg: IvectorConfig, reader: FrameReader, train: np.ndarray, out: Output, fan_out: FanOut
 ) -> Any:
@@ -93,7 +99,12 @@ def _train_ubm(
 
     settings = settings_of(f"{_IVECTOR}.diagonal_gmm", "DiagonalGmmSettings", cfg.diagonal)
     first = functools.partial(
-        _diagonal_of_sample, reader=reader, settings=settings, count=cfg.ubm_frames, seed=out.seed
+        _diagonal_of_sample,
+        reader=reader,
+        settings=settings,
+        count=cfg.ubm_frames,
+        seed=out.seed,
+        device=_device(out),
     )
     ((gmm, history),) = fan_out(first, [train], note="UBM of a sample")
     for value in history:
@@ -101,7 +112,7 @@ def _train_ubm(
     ranges = _ranges(train, cfg.shard_utterances)
     for number in range(cfg.ubm_passes):
         out.progress(0.1 + 0.1 * number / cfg.ubm_passes, f"UBM pass {number + 1}")
-        work = functools.partial(_accumulate_diagonal, reader=reader, gmm=gmm)
+        work = functools.partial(_accumulate_diagonal, reader=reader, gmm=gmm, device=_device(out))
         total = merge_all(fan_out(work, ranges, note="UBM"))
         gmm = diagonal_gmm.update(total, gmm, settings)
         out.log(ubm_log_likelihood=float(total.log_likelihood / total.frames))
@@ -111,7 +122,9 @@ def _train_ubm(
     full = full_gmm.from_diagonal(gmm)
     for number in range(full_settings.iterations):
         out.progress(0.2 + 0.2 * number / full_settings.iterations, f"full UBM pass {number + 1}")
-        work = functools.partial(_accumulate_full, reader=reader, gmm=full, settings=full_settings)
+        work = functools.partial(
+            _accumulate_full, reader=reader, gmm=full, settings=full_settings, device=_device(out)
+        )
         total = merge_all(fan_out(work, ranges, note="UBM"))
         full = full_gmm.update(total, full, full_settings)
         out.log(ubm_log_likelihood=float(total.log_likelihood / total.frames))
@@ -119,7 +132,7 @@ def _train_ubm(
 
 
 def _diagonal_of_sample(
-    rows: np.ndarray, *, reader: FrameReader, settings: Any, count: int, seed: int
+    rows: np.ndarray, *, reader: FrameReader, settings: Any, count: int, seed: int, device: str
 ) -> tuple[Any, list[float]]:
     """A diagonal GMM trained on a sample of frames, and its log-likelihood per iteration."""
     import torch
@@ -132,7 +145,9 @@ def _diagonal_of_sample(
             f"{len(sample)} speech frames are too few for {settings.gaussians} Gaussians",
             hint="lower ivector.diagonal.gaussians",
         )
-    return diagonal_gmm.train(sample, settings, torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    gmm, history = diagonal_gmm.train(sample.to(device), settings, generator)
+    return gmm.to("cpu"), history
 
 
 def _sample_frames(reader: FrameReader, rows: np.ndarray, count: int, seed: int) -> torch.Tensor:
@@ -158,32 +173,45 @@ def _frames(reader: FrameReader, rows: Sequence[int] | np.ndarray) -> list[torch
     return [torch.from_numpy(reader[int(row)]) for row in rows]
 
 
-def _accumulate_diagonal(rows: np.ndarray, *, reader: FrameReader, gmm: Any) -> Any:
+def _accumulate_diagonal(rows: np.ndarray, *, reader: FrameReader, gmm: Any, device: str) -> Any:
     import torch
 
     from goldcrest.kernels.ivector import diagonal_gmm
 
-    return diagonal_gmm.accumulate(torch.cat(_frames(reader, rows)), gmm)
+    frames = torch.cat(_frames(reader, rows)).to(device)
+    return diagonal_gmm.accumulate(frames, gmm.to(device)).to("cpu")
 
 
-def _accumulate_full(rows: np.ndarray, *, reader: FrameReader, gmm: Any, settings: Any) -> Any:
+def _accumulate_full(
+    rows: np.ndarray, *, reader: FrameReader, gmm: Any, settings: Any, device: str
+) -> Any:
     import torch
 
     from goldcrest.kernels.ivector import full_gmm
 
-    return full_gmm.accumulate(torch.cat(_frames(reader, rows)), gmm, settings)
+    frames = torch.cat(_frames(reader, rows)).to(device)
+    return full_gmm.accumulate(frames, gmm.to(device), settings).to("cpu")
 
 
 def _statistics(
-    cfg: IvectorConfig, reader: FrameReader, rows: np.ndarray, ubm: Any, *, second: bool
+    cfg: IvectorConfig,
+    reader: FrameReader,
+    rows: np.ndarray,
+    ubm: Any,
+    device: str,
+    *,
+    second: bool,
 ) -> BaumWelch:
+    """Baum-Welch statistics of the rows, on `device`."""
     from goldcrest.kernels.ivector import statistics
 
     given = cfg.statistics if second else {**cfg.statistics, "second_order": "none"}
     settings = settings_of(f"{_IVECTOR}.statistics", "StatisticsSettings", given)
-    parts = [
-        statistics.baum_welch(_frames(reader, part), ubm, settings) for part in _ranges(rows, 200)
-    ]
+    ubm = ubm.to(device)
+    parts = []
+    for part in _ranges(rows, 200):
+        frames = [each.to(device) for each in _frames(reader, part)]
+        parts.append(statistics.baum_welch(frames, ubm, settings))
     return statistics.concatenate(parts)
 
 
@@ -203,17 +231,17 @@ def _write_statistics(
         (rows, folder / f"shard-{number:05d}.safetensors")
         for number, rows in enumerate(_ranges(train, cfg.shard_utterances))
     ]
-    work = functools.partial(_write_shard, cfg=cfg, reader=reader, ubm=ubm)
+    work = functools.partial(_write_shard, cfg=cfg, reader=reader, ubm=ubm, device=_device(out))
     return list(fan_out(work, jobs, note="statistics"))
 
 
 def _write_shard(
-    job: tuple[np.ndarray, Path], *, cfg: IvectorConfig, reader: FrameReader, ubm: Any
+    job: tuple[np.ndarray, Path], *, cfg: IvectorConfig, reader: FrameReader, ubm: Any, device: str
 ) -> Path:
     from safetensors.torch import save_file
 
     rows, path = job
-    found = _statistics(cfg, reader, rows, ubm, second=True).to_tensors()
+    found = _statistics(cfg, reader, rows, ubm, device, second=True).to("cpu").to_tensors()
     temporary = path.with_suffix(".tmp")
     save_file({name: value.contiguous() for name, value in found.items()}, temporary)
     return temporary.replace(path)
@@ -232,20 +260,22 @@ def _train_model(
     model = total_variability.initialise(ubm, settings, generator)
     for number in range(settings.iterations):
         out.progress(0.5 + 0.3 * number / settings.iterations, f"T-matrix pass {number + 1}")
-        sums = merge_all(fan_out(functools.partial(_e_step, model=model), shards, note="T-matrix"))
+        work = functools.partial(_e_step, model=model, device=_device(out))
+        sums = merge_all(fan_out(work, shards, note="T-matrix"))
         frames = max(1e-10, float(sums.occupancy.sum()))
         out.log(total_variability_objective=total_variability.objective(sums, model) / frames)
         model = total_variability.update(sums, model, settings)
     return model
 
 
-def _e_step(shard: Path, *, model: Any) -> Any:
+def _e_step(shard: Path, *, model: Any, device: str) -> Any:
     from safetensors.torch import load_file
 
     from goldcrest.kernels.ivector import total_variability
     from goldcrest.kernels.ivector.statistics import BaumWelch
 
-    return total_variability.e_step(BaumWelch.from_tensors(load_file(shard)), model)
+    found = BaumWelch.from_tensors(load_file(shard)).to(device)
+    return total_variability.e_step(found, model.to(device)).to("cpu")
 
 
 def _extract_all(
@@ -253,18 +283,20 @@ def _extract_all(
 ) -> np.ndarray:
     """(rows of the file, R) float64."""
     out.progress(0.8, "extraction")
-    work = functools.partial(_extract_rows, cfg=cfg, reader=reader, ubm=ubm, model=model)
+    work = functools.partial(
+        _extract_rows, cfg=cfg, reader=reader, ubm=ubm, model=model, device=_device(out)
+    )
     ranges = _ranges(np.arange(len(reader)), cfg.shard_utterances)
     return np.concatenate(list(fan_out(work, ranges, note="extraction")))
 
 
 def _extract_rows(
-    rows: np.ndarray, *, cfg: IvectorConfig, reader: FrameReader, ubm: Any, model: Any
+    rows: np.ndarray, *, cfg: IvectorConfig, reader: FrameReader, ubm: Any, model: Any, device: str
 ) -> np.ndarray:
     from goldcrest.kernels.ivector import total_variability
 
-    found = _statistics(cfg, reader, rows, ubm, second=False)
-    return total_variability.extract(found, model).numpy()
+    found = _statistics(cfg, reader, rows, ubm, device, second=False)
+    return total_variability.extract(found, model.to(device)).cpu().numpy()
 
 
 def _normalise(

@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from goldcrest.cluster.api import Artifact, Output, StepError, TrainingConfig, task
 from goldcrest.tasks.data.frames import FrameReader
 from goldcrest.tasks.speaker.bundle import write_bundle
 from goldcrest.tasks.speaker.network import LossConfig, NetworkSettings, network_settings
-from goldcrest.tasks.speaker.training import fitting, history_figure
+from goldcrest.tasks.speaker.training import check_batches, fitting, history_figure
 
 
 class PretrainConfig(LossConfig):
@@ -42,6 +42,12 @@ class PretrainConfig(LossConfig):
         ),
         description="the training engine",
     )
+
+    @field_validator("training")
+    @classmethod
+    def _batches_normalise(cls, training: TrainingConfig) -> TrainingConfig:
+        check_batches(training)
+        return training
 
 
 @task(cpus=0, timeout="7d")

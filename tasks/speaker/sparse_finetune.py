@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from goldcrest.cluster.api import Artifact, Output, TrainingConfig, task
 from goldcrest.tasks.methods import complete_method, complete_settings, settings_of
 from goldcrest.tasks.speaker.bundle import load_network, read_description, write_bundle
 from goldcrest.tasks.speaker.network import LossConfig, network_settings
 from goldcrest.tasks.speaker.pretrain import join_state, read_examples, split_state
-from goldcrest.tasks.speaker.training import fitting, history_figure
+from goldcrest.tasks.speaker.training import check_batches, fitting, history_figure
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +55,12 @@ class SparseConfig(LossConfig):
         TrainingConfig(epochs=10, batch_size=200, learning_rate=3e-4, schedule="linear"),
         description="the training engine",
     )
+
+    @field_validator("training")
+    @classmethod
+    def _batches_normalise(cls, training: TrainingConfig) -> TrainingConfig:
+        check_batches(training)
+        return training
 
     @model_validator(mode="after")
     def _complete_methods(self) -> Self:

@@ -386,3 +386,17 @@ def test_shared_parameters_come_back_under_both_names(tmp_path: Path, stage: int
     model = Tied().build_model()
     model.load_state_dict(trained.model_state)  # strict: every name is there
     assert torch.equal(trained.model_state["0.weight"], trained.model_state["2.weight"])
+
+
+def test_what_does_not_change_the_result_may_change_between_checkpoints() -> None:
+    """A field that keys leave out and checkpoints insist on would make a checkpoint useless."""
+    from goldcrest.cluster.markers import DoesNotChangeResult
+    from goldcrest.cluster.training_loop import _FREE_SETTINGS
+
+    free = {
+        name
+        for name, field in TrainingConfig.model_fields.items()
+        if DoesNotChangeResult in field.metadata
+    }
+    assert {"max_failures", "max_preemptions", "checkpoint_every"} <= free
+    assert free <= _FREE_SETTINGS

@@ -253,6 +253,19 @@ def test_shards_change_nothing(chain: dict[str, Artifact], run_task) -> None:
     assert np.allclose(a, b, atol=1e-4)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_ivectors_of_a_gpu_are_those_of_the_cpu(
+    chain: dict[str, Artifact], run_task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from goldcrest.cluster.runtime import LocalRuntime
+
+    monkeypatch.setattr(LocalRuntime, "gpus", 1.0)
+    found = run_task(ivector, IVECTOR, chain["features"])
+    a, b = (x.matrix("vectors", "vector") for x in (found, chain["ivectors"]))
+    assert np.allclose(a, b, atol=1e-3)
+
+
 def test_the_extractor_never_sees_evaluation_speakers(chain: dict[str, Artifact], run_task) -> None:
     """Evaluation rows replaced by zeros: the extractor's tensors stay the same bytes."""
     folder = chain["features"].path.parent / "tampered"

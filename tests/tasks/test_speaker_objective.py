@@ -14,13 +14,18 @@ import numpy as np
 import pytest
 import torch
 
-from goldcrest.cluster.api import TrainingConfig
+from goldcrest.cluster.api import StepError, TrainingConfig
 from goldcrest.cluster.training import train_local
+from goldcrest.cluster.training_sampling import chunks_of, epoch_batches
 from goldcrest.kernels.distillation import feature_mse, logit_kd, squarehead
 from goldcrest.kernels.margin import aam
 from goldcrest.kernels.speaker.ecapa_tdnn import EcapaSettings
 from goldcrest.tasks.data.frames import FrameReader, FrameWriter
+from goldcrest.tasks.speaker.cluster import ClusterConfig
 from goldcrest.tasks.speaker.objective import Examples, SparseObjective, SpeakerObjective
+from goldcrest.tasks.speaker.pretrain import PretrainConfig
+from goldcrest.tasks.speaker.sparse_finetune import SparseConfig
+from goldcrest.tasks.speaker.training import fitting
 
 CLASSES, FEATURES = 800, 6
 NETWORK = EcapaSettings(
@@ -117,6 +122,39 @@ def test_a_pruned_network_is_taught_in_every_stage_and_precision(
         assert trained.history[0][distillation] > 0
     for name, mask in objective.masks.items():
         assert bool((trained.model_state[f"network.{name}.weight"][~mask] == 0).all())
+
+
+@pytest.mark.parametrize(
+    ("changes", "examples", "smallest"),
+    [
+        ({"batch_size": 8}, 20, 8),
+        ({"batch_size": 8, "micro_batch_size": 3}, 20, 2),  # 3 + 3 + 2
+        ({"batch_size": 8, "workers": 4}, 20, 2),
+        ({"batch_size": 8, "drop_last": False}, 18, 2),
+        ({"batch_size": 64}, 5, 5),  # lowered to what there is
+    ],
+)
+def test_no_forward_pass_sees_one_example(
+    changes: dict[str, Any], examples: int, smallest: int
+) -> None:
+    fitted = fitting(TrainingConfig(**changes), examples)
+    sizes = [
+        len(chunk.indices)
+        for batch in epoch_batches(fitted, examples, seed=0, epoch=0)
+        for rank in range(fitted.workers)
+        for chunk in chunks_of(batch, fitted, rank=rank, world=fitted.workers)
+    ]
+    assert min(sizes) == smallest
+
+
+def test_one_example_alone_is_refused_in_words() -> None:
+    """Batch normalisation of one vector has no variance (spec "speaker embedding", pitfalls)."""
+    with pytest.raises(StepError, match="see one alone"):
+        fitting(TrainingConfig(batch_size=8, drop_last=False), 17)
+    for changes in ({"batch_size": 1}, {"micro_batch_size": 1}, {"batch_size": 4, "workers": 4}):
+        for config in (PretrainConfig, SparseConfig, ClusterConfig):
+            with pytest.raises(ValueError, match="leave one example to a forward pass"):
+                config(training=changes)
 
 
 def test_frames_follow_the_model_to_its_device(examples: Examples) -> None:
