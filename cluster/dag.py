@@ -44,6 +44,7 @@ class Step:
     seed: int
     inputs: Mapping[str, str | None]  # parameter -> name of the step that makes it
     resources: Resources
+    timeout: float | None  # seconds
     canonical: Mapping[str, Any]  # the config as it enters the key
     key: str
     input_keys: Mapping[str, str | None]  # parameter -> key of that step
@@ -150,7 +151,8 @@ def walk(
 ) -> list[Step]:
     """The steps behind the node or nodes that a pipeline's `build` returned, inputs first.
 
-    `overrides` are (pattern of step names, resources) pairs of a cluster profile, later ones win.
+    `overrides` are (pattern of step names, resources and timeout) pairs of the pipeline's config
+    and of a cluster profile (`profile.placements`), later ones win.
     """
     ends = list(built) if isinstance(built, list | tuple) else [built]
     if not ends or not all(is_node(node) for node in ends):
@@ -202,9 +204,12 @@ def _step(
     resources = override_resources(
         binding.task.resources, binding.resources, f"step '{binding.name}'"
     )
-    for pattern, changes in overrides:
+    timeout = binding.task.timeout
+    for pattern, wanted in overrides:
         if fnmatch.fnmatchcase(binding.name, pattern):
-            resources = override_resources(resources, changes, f"profile, steps '{pattern}'")
+            changes = dict(wanted)
+            timeout = changes.pop("timeout", timeout)
+            resources = override_resources(resources, changes, f"steps '{pattern}'")
     try:
         canonical = canonical_config(binding.config, fingerprints)
     except InputError as error:
@@ -223,6 +228,7 @@ def _step(
         seed=binding.seed,
         inputs={name: step.name if step else None for name, step in made_by.items()},
         resources=resources,
+        timeout=timeout,
         canonical=canonical,
         key=key,
         input_keys=input_keys,

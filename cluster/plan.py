@@ -17,6 +17,7 @@ from goldcrest.cluster.artifact import Artifact
 from goldcrest.cluster.dag import Step, walk
 from goldcrest.cluster.keys import Fingerprints
 from goldcrest.cluster.masking import mask_secrets
+from goldcrest.cluster.profile import placements
 from goldcrest.cluster.source_hash import source_hash
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def make_plan(
     steps = walk(
         pipeline.build(config),
         fingerprints=fingerprints or Fingerprints(),
-        overrides=profile.overrides() if profile is not None else (),
+        overrides=placements(config, profile),
     )
     return Plan(
         pipeline=pipeline_name(pipeline), steps=tuple(_plan_steps(steps, store, verify=verify))

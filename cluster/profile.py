@@ -6,7 +6,7 @@ GPU machine, and on a cluster where CPU steps go to CPU nodes and training to GP
     ray:                          # arguments of ray.init
       address: local              # local: start one here; auto: join the one that runs here
       object_store_memory: 200MB
-    steps:                        # patterns of step names -> fields of Resources; later ones win;
+    steps:                        # patterns of step names -> resources, timeout; later ones win;
                                   # a step that only hands out work passes them to its workers
       "pretrain*": {cpus: 4, gpus: 1, accelerator: A100}
     autoscaler: []                # kinds of nodes that may still be added, e.g. {cpus: 8, gpus: 1}
@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from goldcrest.cluster.api import Resources
+from goldcrest.cluster.api import Resources, parse_duration
 from goldcrest.cluster.dag import Step
 from goldcrest.cluster.errors import GoldcrestError, InputError
 from goldcrest.cluster.placement import asked
@@ -47,6 +47,13 @@ def parse_bytes(value: Any) -> Any:
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 
 
+def _seconds(value: Any) -> float | None:
+    try:
+        return parse_duration(value)
+    except InputError as error:
+        raise ValueError(f"{error.message}; {error.hint}") from None
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -67,14 +74,17 @@ class RayConfig(_Strict):
 
 
 class StepResources(_Strict):
-    """Fields of `Resources` that a profile replaces."""
+    """What a pipeline's config or a profile replaces of what a task asks for."""
 
-    cpus: float | None = Field(None, ge=0)
-    gpus: float | None = Field(None, ge=0)
-    memory: Bytes | None = Field(None, ge=0)
-    accelerator: str | None = None
-    custom: dict[str, float] | None = None
-    labels: dict[str, str] | None = None
+    cpus: float | None = Field(None, ge=0, description="CPU cores")
+    gpus: float | None = Field(None, ge=0, description="GPUs, or a share of one")
+    memory: Bytes | None = Field(None, ge=0, description="bytes, or text such as 2GiB")
+    accelerator: str | None = Field(None, description="Ray's accelerator type, such as A100")
+    custom: dict[str, float] | None = Field(None, description="Ray custom resources")
+    labels: dict[str, str] | None = Field(None, description="labels of the node")
+    timeout: Annotated[float, BeforeValidator(_seconds)] | None = Field(
+        None, gt=0, description="seconds, or text such as 90s, 10m, 2h, 1d"
+    )
 
     def changes(self) -> dict[str, Any]:
         """Only what was given."""
@@ -128,8 +138,19 @@ class Profile(_Strict):
             raise InputError(f"cluster profile {path}: {place}: {first['msg']}") from None
 
     def overrides(self) -> list[tuple[str, dict[str, Any]]]:
-        """(pattern, resources) pairs for `dag.walk`."""
+        """(pattern, changes) pairs for `dag.walk`."""
         return [(pattern, wanted.changes()) for pattern, wanted in self.steps.items()]
+
+
+def placements(config: Any, profile: Profile | None) -> list[tuple[str, dict[str, Any]]]:
+    """(pattern, changes) pairs for `dag.walk`: those of the pipeline's config, if its field `steps`
+    has any, then those of the profile, which knows the cluster better and wins.
+
+    None of them enters a key: where a step runs does not change what it makes.
+    """
+    own: Mapping[str, StepResources] = getattr(config, "steps", {})
+    given = [(pattern, wanted.changes()) for pattern, wanted in own.items()]
+    return given + (profile.overrides() if profile is not None else [])
 
 
 def running_nodes() -> list[NodeKind]:

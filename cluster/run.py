@@ -240,7 +240,7 @@ class _Driver:
         for line in self._progress.new(name):
             running = self._running.get(name)
             if line["kind"] == "begin":
-                timeout = planned.step.task.timeout
+                timeout = planned.step.timeout
                 self._running[name] = _Running(timeout, str(line["place"]))
                 self._change(planned, "running", place=str(line["place"]))
             elif line["kind"] == "progress":

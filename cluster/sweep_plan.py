@@ -15,7 +15,7 @@ from goldcrest.cluster.dag import Step, walk
 from goldcrest.cluster.errors import InputError
 from goldcrest.cluster.keys import Fingerprints, digest
 from goldcrest.cluster.plan import pipeline_name
-from goldcrest.cluster.profile import Profile
+from goldcrest.cluster.profile import Profile, placements
 from goldcrest.cluster.sweep_space import Space, Values
 
 SearchName = Literal["random", "optuna", "grid"]
@@ -136,7 +136,9 @@ def _probe(
     for values in points:
         config = space.configure(pipeline.Config, tree, values, where=space.where)
         steps = walk(
-            pipeline.build(config), fingerprints=fingerprints, overrides=profile.overrides()
+            pipeline.build(config),
+            fingerprints=fingerprints,
+            overrides=placements(config, profile),
         )
         first = first or steps
         for step in steps:

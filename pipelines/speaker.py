@@ -15,6 +15,7 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from goldcrest.cluster import api
+from goldcrest.cluster.profile import StepResources
 from goldcrest.tasks.speaker.choose_clusters import ChooseClustersConfig, choose_clusters
 from goldcrest.tasks.speaker.choose_labels import (
     CandidatesConfig,
@@ -42,6 +43,11 @@ class Config(api.Config):
     seed: int = Field(0, ge=0, description="seed of every random choice in the run")
     rounds: int = Field(
         1, ge=1, le=5, description="times that vectors are clustered and a network is trained"
+    )
+    steps: dict[str, StepResources] = Field(
+        {},
+        description="patterns of step names -> resources and timeout in place of the tasks' own; "
+        "what a cluster profile says goes first",
     )
     corpus: PrepareConfig = Field(PrepareConfig(), description="which speech, how it is cut")
     features: FeatureConfig = Field(FeatureConfig(), description="MFCC, filterbanks, augmentation")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pydantic import Field, ValidationError
 
-from goldcrest.cluster.api import InputError, Resources, TrainingConfig
+from goldcrest.cluster.api import Config, InputError, Resources, TrainingConfig
 from goldcrest.cluster.dag import Step, walk
 from goldcrest.cluster.errors import GoldcrestError
 from goldcrest.cluster.keys import Fingerprints
@@ -14,10 +15,12 @@ from goldcrest.cluster.placement import asked, own_resources, task_options
 from goldcrest.cluster.profile import (
     NodeKind,
     Profile,
+    StepResources,
     attach,
     check_placement,
     lacking,
     parse_bytes,
+    placements,
     running_nodes,
 )
 from tests.cluster.engine_steps import NumberConfig, TrainToyConfig, number, train_toy
@@ -42,6 +45,31 @@ def test_a_mixed_cluster_sends_training_to_gpu_nodes_and_the_rest_to_cpu_nodes()
     gpu = NodeKind(name="b", cpus=8, gpus=1, labels={"pool": "gpu"})
     fits = [[not lacking(s.resources, node) for node in (cpu, gpu)] for s in (prepare, pretrain)]
     assert fits == [[True, False], [False, True]]
+
+
+def test_the_pipelines_config_changes_what_tasks_ask_for_and_the_profile_wins() -> None:
+    class Chain(Config):
+        steps: dict[str, StepResources] = Field({})
+
+    def placed(profile: Profile | None) -> Step:
+        given = {"num*": {"cpus": 3, "memory": "1GB", "timeout": "90s"}}
+        config = Chain.model_validate({"steps": given})
+        (step,) = walk(
+            [number.bind(NumberConfig(), name="number")],
+            fingerprints=Fingerprints(Path("/nowhere/c")),
+            overrides=placements(config, profile),
+        )
+        return step
+
+    alone = placed(None)
+    assert (alone.resources.cpus, alone.resources.memory, alone.timeout) == (3, 10**9, 90.0)
+    other = placed(Profile.model_validate({"steps": {"number": {"cpus": 2, "timeout": 7200}}}))
+    assert (other.resources.cpus, other.resources.memory, other.timeout) == (2, 10**9, 7200.0)
+    (plain,) = steps(Profile(), "number")
+    assert plain.timeout == number.timeout
+    assert plain.key == alone.key == other.key  # where a step runs does not change what it makes
+    with pytest.raises(ValidationError, match="is not a duration"):
+        Chain.model_validate({"steps": {"number": {"timeout": "soon"}}})
 
 
 def test_what_a_profile_gives_a_step_that_hands_out_work_is_for_its_workers() -> None:
