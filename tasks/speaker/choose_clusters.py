@@ -72,5 +72,5 @@ def _figure(stability: dict[int, float], clusters: int) -> Any:
     axes.semilogx(tried, [stability[c] for c in tried], marker="o", markersize=3)
     axes.axvline(clusters, linestyle="--", linewidth=1, label=f"chosen: {clusters}")
     axes.set(xlabel="clusters", ylabel="agreement of subsamples (AMI)")
-    axes.legend(fontsize="small")
+    axes.legend(loc="lower right", fontsize="small")
     return figure

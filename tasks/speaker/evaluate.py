@@ -309,7 +309,7 @@ def det_figure(scores: Mapping[str, np.ndarray], target: np.ndarray) -> Any:
     axes.set_xlim(*ndtri([0.003, 0.6]))
     axes.set_ylim(*ndtri([0.003, 0.6]))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    axes.legend(loc="upper right", fontsize="small")
     return figure
 
 
@@ -329,7 +329,7 @@ def score_figure(scores: Mapping[str, np.ndarray], target: np.ndarray) -> Any:
         axis.hist(values[target], bins=bins, alpha=0.6, density=True, label="target")
         axis.set_title(name, fontsize="small")
         axis.tick_params(labelsize="x-small")
-    axes.flat[0].legend(fontsize="x-small")
+    axes.flat[0].legend(loc="upper left", fontsize="x-small")
     figure.tight_layout()
     return figure
 

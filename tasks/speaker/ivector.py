@@ -49,6 +49,19 @@ class IvectorConfig(Config):
     ubm_passes: int = Field(
         4, ge=0, description="EM passes of the diagonal UBM over all shards after that"
     )
+    ubm_frame_step: int = Field(
+        1, ge=1, description="every n-th frame takes part in the passes over all shards"
+    )
+    ubm_selected: int | None = Field(
+        None,
+        ge=1,
+        description="Gaussians that share a frame in those passes of the diagonal UBM; None: all",
+    )
+    extractor_utterances: int | None = Field(
+        None,
+        ge=2,
+        description="longest training utterances that train the total-variability model; None: all",
+    )
     statistics: Annotated[_SETTINGS, SettingsOf(f"{_IVECTOR}.statistics", "StatisticsSettings")] = (
         Field({}, description="posteriors: Gaussians per frame, pruning, scale of the counts")
     )
@@ -72,7 +85,8 @@ def ivector(cfg: IvectorConfig, features: Artifact, out: Output) -> None:
         raise StepError(f"i-vectors need two training utterances or more, there are {len(train)}")
     fan_out = functools.partial(out.runtime.map, gpus=out.runtime.gpus)
     ubm = _train_ubm(cfg, reader, train, out, fan_out)
-    shards = _write_statistics(cfg, reader, train, ubm, out, fan_out)
+    chosen = longest(reader, train, cfg.extractor_utterances)
+    shards = _write_statistics(cfg, reader, chosen, ubm, out, fan_out)
     model = _train_model(cfg, ubm, shards, out, fan_out)
     vectors = _extract_all(cfg, reader, ubm, model, out, fan_out)
     finished, transform = _normalise(cfg, vectors, train)
@@ -112,7 +126,9 @@ def _train_ubm(
     ranges = _ranges(train, cfg.shard_utterances)
     for number in range(cfg.ubm_passes):
         out.progress(0.1 + 0.1 * number / cfg.ubm_passes, f"UBM pass {number + 1}")
-        work = functools.partial(_accumulate_diagonal, reader=reader, gmm=gmm, device=_device(out))
+        work = functools.partial(
+            _accumulate_diagonal, reader=reader, gmm=gmm, cfg=cfg, device=_device(out)
+        )
         total = merge_all(fan_out(work, ranges, note="UBM"))
         gmm = diagonal_gmm.update(total, gmm, settings)
         out.log(ubm_log_likelihood=float(total.log_likelihood / total.frames))
@@ -123,7 +139,12 @@ def _train_ubm(
     for number in range(full_settings.iterations):
         out.progress(0.2 + 0.2 * number / full_settings.iterations, f"full UBM pass {number + 1}")
         work = functools.partial(
-            _accumulate_full, reader=reader, gmm=full, settings=full_settings, device=_device(out)
+            _accumulate_full,
+            reader=reader,
+            gmm=full,
+            step=cfg.ubm_frame_step,
+            settings=full_settings,
+            device=_device(out),
         )
         total = merge_all(fan_out(work, ranges, note="UBM"))
         full = full_gmm.update(total, full, full_settings)
@@ -173,24 +194,37 @@ def _frames(reader: FrameReader, rows: Sequence[int] | np.ndarray) -> list[torch
     return [torch.from_numpy(reader[int(row)]) for row in rows]
 
 
-def _accumulate_diagonal(rows: np.ndarray, *, reader: FrameReader, gmm: Any, device: str) -> Any:
-    import torch
-
+def _accumulate_diagonal(
+    rows: np.ndarray, *, reader: FrameReader, gmm: Any, cfg: IvectorConfig, device: str
+) -> Any:
     from goldcrest.kernels.ivector import diagonal_gmm
 
-    frames = torch.cat(_frames(reader, rows)).to(device)
-    return diagonal_gmm.accumulate(frames, gmm.to(device)).to("cpu")
+    frames = _every_nth(reader, rows, cfg.ubm_frame_step).to(device)
+    return diagonal_gmm.accumulate(frames, gmm.to(device), selected=cfg.ubm_selected).to("cpu")
 
 
 def _accumulate_full(
-    rows: np.ndarray, *, reader: FrameReader, gmm: Any, settings: Any, device: str
+    rows: np.ndarray, *, reader: FrameReader, gmm: Any, step: int, settings: Any, device: str
 ) -> Any:
-    import torch
-
     from goldcrest.kernels.ivector import full_gmm
 
-    frames = torch.cat(_frames(reader, rows)).to(device)
+    frames = _every_nth(reader, rows, step).to(device)
     return full_gmm.accumulate(frames, gmm.to(device), settings).to("cpu")
+
+
+def _every_nth(reader: FrameReader, rows: np.ndarray, step: int) -> torch.Tensor:
+    """Every `step`-th frame of each utterance, (T, D) float32."""
+    import torch
+
+    return torch.cat([frames[::step] for frames in _frames(reader, rows)])
+
+
+def longest(reader: FrameReader, rows: np.ndarray, count: int | None) -> np.ndarray:
+    """The `count` longest of the rows in their order; all of them for None."""
+    if count is None or count >= len(rows):
+        return rows
+    order = np.argsort(-reader.lengths[rows], kind="stable")
+    return rows[np.sort(order[:count])]
 
 
 def _statistics(

@@ -342,5 +342,5 @@ def _duration_figure(facts: pa.Table) -> Any:
     seconds = facts.column("seconds").to_numpy()
     axes.hist([seconds[corpora == name] for name in names], bins=30, stacked=True, label=names)
     axes.set(xlabel="utterance length (s)", ylabel="utterances")
-    axes.legend(fontsize="small")
+    axes.legend(loc="upper right", fontsize="small")
     return figure

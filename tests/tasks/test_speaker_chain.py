@@ -253,6 +253,29 @@ def test_shards_change_nothing(chain: dict[str, Artifact], run_task) -> None:
     assert np.allclose(a, b, atol=1e-4)
 
 
+def test_the_recipes_savings_change_little(chain: dict[str, Artifact], run_task) -> None:
+    """Every other frame and the best Gaussians for the UBM, the longest utterances after it."""
+    from goldcrest.tasks.speaker.ivector import longest
+
+    reader = FrameReader(chain["features"].file("mfcc.arrow"))
+    rows = np.flatnonzero(reader.copies == 0)
+    few = longest(reader, rows, 4)
+    assert len(few) == 4
+    assert set(few) <= set(rows)
+    assert reader.lengths[few].min() >= np.sort(reader.lengths[rows])[-4]
+    assert np.array_equal(longest(reader, rows, None), rows)
+    whole = chain["ivectors"].tensors("extractor")
+    for saving in ({"ubm_frame_step": 2}, {"ubm_selected": 3}, {"extractor_utterances": 6}):
+        thrifty = run_task(ivector, IVECTOR.model_copy(update=saving), chain["features"])
+        found = thrifty.tensors("extractor")
+        changed = {name for name, tensor in found.items() if not torch.equal(tensor, whole[name])}
+        in_ubm = any(name.startswith("ubm.") for name in changed)
+        assert changed, saving
+        assert in_ubm == ("extractor_utterances" not in saving), saving
+        spread = whole["ubm.means"].std()
+        assert float((found["ubm.means"] - whole["ubm.means"]).abs().mean()) < 0.3 * float(spread)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_ivectors_of_a_gpu_are_those_of_the_cpu(
