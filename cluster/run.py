@@ -33,7 +33,13 @@ from goldcrest.cluster.events import (
 )
 from goldcrest.cluster.placement import own_resources, task_options
 from goldcrest.cluster.plan import Plan, PlannedStep, make_plan
-from goldcrest.cluster.profile import Profile, attach, check_placement, running_nodes
+from goldcrest.cluster.profile import (
+    Profile,
+    attach,
+    beside_its_workers,
+    check_placement,
+    running_nodes,
+)
 from goldcrest.cluster.run_record import (
     EventFile,
     Notifier,
@@ -162,7 +168,12 @@ class _Driver:
 
         mode = attach(profile)
         try:
-            check_placement([p.step for p in self.plan.to_run], running_nodes(), profile)
+            check_placement(
+                [p.step for p in self.plan.to_run],
+                running_nodes(),
+                profile,
+                one_node=not self.store.shared_paths,
+            )
             self._check_store()
             self._submit()
             self._watch()
@@ -198,11 +209,14 @@ class _Driver:
         )
         self._forget_earlier_attempts()
         remote = ray.remote(execute_step)
+        nodes = running_nodes()
         for planned in self.plan.to_run:
             step = planned.step
             upstream = [self._references[n] for n in step.upstream if n in self._references]
+            free = self.store.shared_paths
+            wanted = own_resources(step) if free else beside_its_workers(step, nodes)
             options = {
-                **task_options(own_resources(step)),
+                **task_options(wanted),
                 "name": step.name,
                 # A sweep's trial lives in a placement group that has no room for its steps.
                 "scheduling_strategy": "DEFAULT",

@@ -94,6 +94,8 @@ class Store(ABC):
     uri: str
     root: Path
     leases: LeaseBook
+    shared_paths: bool
+    """Whether a path below `root` is the same file on every node that sees the store."""
 
     @classmethod
     def open(cls, uri: str | Path) -> Store:

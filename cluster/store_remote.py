@@ -39,6 +39,7 @@ class RemoteStore(Store):
     """A store in a bucket, with a local store as cache and workplace."""
 
     leases: BucketLeases
+    shared_paths = False  # they lie in this host's cache
 
     def __init__(self, uri: str, bucket: Bucket, cache: Path) -> None:
         self.uri = uri

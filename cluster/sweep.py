@@ -133,7 +133,12 @@ class _Sweep:
 
         mode = attach(self.profile)
         try:
-            check_placement(self.plan.steps, running_nodes(), self.profile)
+            check_placement(
+                self.plan.steps,
+                running_nodes(),
+                self.profile,
+                one_node=not self.store.shared_paths,
+            )
             self._tell_start()
             self._tune()
         except GoldcrestError as error:
