@@ -93,6 +93,7 @@ def run(
         store_uri=store.uri,
         profile=profile.model_dump(mode="json", exclude_defaults=True),
     )
+    _publish(store, run_id)  # from now on other hosts see it: what it needs is kept, it can go on
     notify = Notifier([EventFile(folder / "events.jsonl"), *listeners])
     driver = _Driver(plan, store=store, run_id=run_id, folder=folder, notify=notify, stop=stop)
     notify(
