@@ -30,6 +30,7 @@ from goldcrest.cluster.events import (
     StepProgress,
     StepResult,
     StepState,
+    interruption,
 )
 from goldcrest.cluster.placement import own_resources, task_options
 from goldcrest.cluster.plan import Plan, PlannedStep, make_plan
@@ -402,6 +403,8 @@ class _Driver:
         done = all(row.state in ("ran", "cached") for row in rows)
         failures = [self.failures[row.name] for row in rows if row.name in self.failures]
         error = self.failure or next(iter(failures), None)
+        if status == "interrupted":
+            error = interruption("run")  # steps that failed before have their reasons in the rows
         return RunResult(
             run=self.run_id,
             pipeline=self.plan.pipeline,

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 DEFAULT_STORE = ".goldcrest/store"
+_STOPPED = "interrupted; the same command continues where it stopped"
 _PLAIN_WIDTH = 160  # columns where there is no terminal to ask
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -174,8 +175,8 @@ def answering(json_file: Path | None, failure: dict[str, Any] | None = None) -> 
         if hint:
             say(f"       {hint}", error=True)
     except KeyboardInterrupt:
-        failed(INTERRUPTED, "interrupted", "the same command continues where it stopped")
-        say("interrupted; the same command continues where it stopped", error=True)
+        failed(INTERRUPTED, _STOPPED, None)
+        say(_STOPPED, error=True)
     except typer.Exit:
         raise
     except Exception as error:  # noqa: BLE001 - machines are owed their JSON in any case

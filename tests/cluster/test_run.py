@@ -280,6 +280,15 @@ def test_ctrl_c_leaves_a_record_and_a_run_that_goes_on(ray_cluster: None, store:
         run(Chain, config, store=store, listeners=[listener], run_id="stopped")
     record = json.loads((store.run_folder("stopped") / "run.json").read_text())
     assert record["status"] == "interrupted"
+    last = listener.events[-1]
+    assert isinstance(last, RunFinished)
+    assert last.as_json()["result"]["status"] == "interrupted"  # what report and tracking show
+    stable = json.loads((store.run_folder("stopped") / "result.json").read_text())
+    assert stable == last.result.as_json()
+    assert stable["status"] == "failed"  # machines know two ends
+    assert stable["error"]["step"] is None
+    for words in ("interrupted", "the same command continues"):
+        assert words in stable["error"]["message"]
     quick = ChainConfig(length=2, rest=NumberConfig(value=1, seconds=0.0))
     again = run(Chain, quick, store=store)
     assert states(again) == {"number": "cached", "add0": "ran", "add1": "ran"}

@@ -263,7 +263,10 @@ def test_an_interrupt_is_130(call: Any, monkeypatch: pytest.MonkeyPatch, tmp_pat
     done = call("run", GARDEN, "--json", "answer.json")
     assert done.code == 130
     assert "the same command continues" in done.err
-    assert json.loads((tmp_path / "answer.json").read_text())["error"]["message"] == "interrupted"
+    answer = json.loads((tmp_path / "answer.json").read_text())
+    assert answer["status"] == "failed"
+    message = "interrupted; the same command continues where it stopped"
+    assert answer["error"] == {"step": None, "message": message, "hint": None}
 
 
 def test_an_unexpected_error_still_answers_machines(
