@@ -207,7 +207,9 @@ class RemoteStore(Store):
         from goldcrest.cluster.store_remote_maintenance import collect
 
         with storage_errors(self.uri):
-            rows = self.cache.gc(dry_run=dry_run, grace=grace)
+            rows = store_maintenance.collect(
+                self.cache, keep, older_than=older_than, dry_run=dry_run, grace=grace, owner=self
+            )
             return rows + collect(self, keep, older_than=older_than, dry_run=dry_run, grace=grace)
 
     def _check_lease(self, lease: Lease) -> None:

@@ -135,7 +135,8 @@ def gc(
         str | None,
         typer.Option(
             metavar="TIME",
-            help="also remove artifacts older than this (90s, 10m, 2h, 30d) that no kept run uses",
+            help="also remove artifacts older than this (90s, 10m, 2h, 30d) that no kept run uses, "
+            "and checkpoints of steps given up so long ago (a day at least)",
         ),
     ] = None,
     keep_run: Annotated[
@@ -149,7 +150,10 @@ def gc(
     store: StoreOption = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Remove leftovers of dead runs; with --older-than, old artifacts too."""
+    """Remove leftovers of dead runs; with --older-than, old artifacts and checkpoints too.
+
+    The records of runs stay.
+    """
     with answering(json_file) as answer:
         opened = open_store(store)
         age = parse_duration(older_than) if older_than is not None else None
