@@ -122,7 +122,10 @@ class RemoteStore(Store):
                 yield manifest
 
     def verify(self, key: str | None = None) -> list[dict[str, str]]:
-        """See `Store.verify`. Reads every byte from the bucket, past the cache."""
+        """See `Store.verify`. Reads every byte of the bucket, and every one of this host's copy.
+
+        Both, as a rotten copy whose time stamps have not changed would be found again and again.
+        """
         problems = []
         for one in sorted(self.committed()) if key is None else [check_key(key)]:
             attempt = self._newest(one)
@@ -138,6 +141,9 @@ class RemoteStore(Store):
             except ValueError as fault:
                 self._refuse(one, attempt, str(fault))
                 problems.append({"key": one, "step": step, "reason": str(fault)})
+            if self.cache.place(one).exists():
+                for row in self.cache.verify(one):
+                    problems.append({**row, "reason": f"this host's copy: {row['reason']}"})
         return problems
 
     def quarantined(self) -> list[dict[str, Any]]:
