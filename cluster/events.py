@@ -32,6 +32,19 @@ class Failure:
     log: tuple[str, ...] = ()  # at most the last 20 lines
 
 
+def interruption(what: str) -> Failure:
+    """Why a run or sweep did not succeed that was stopped by Ctrl-C or a signal."""
+    return Failure(
+        step=None,
+        message=f"the {what} was interrupted; the same command continues where it stopped",
+    )
+
+
+def stable_status(status: str) -> str:
+    """A status as the stable JSON has it: succeeded or failed; the error tells an interruption."""
+    return "succeeded" if status == "succeeded" else "failed"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Event:
     """Something that happened in run `run_id`, at `time` (seconds since the epoch)."""
@@ -95,6 +108,12 @@ class RunFinished(Event):
 
     result: RunResult
 
+    def as_json(self) -> dict[str, Any]:
+        """As of any event; the status is the full one: an interrupted run is reported as such."""
+        values = super().as_json()
+        values["result"]["status"] = self.result.status
+        return values
+
 
 @dataclass(kw_only=True)
 class StepResult:
@@ -127,7 +146,10 @@ class RunResult:
     error: Failure | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """The stable JSON of a run; measurements are merged into the metrics."""
+        """The stable JSON of a run; measurements are merged into the metrics.
+
+        Its status is succeeded or failed; the error of an interrupted run says that it was one.
+        """
         from goldcrest.cluster.artifact import merge_nested
 
         error = self.error and {
@@ -138,7 +160,7 @@ class RunResult:
         return {
             "run": self.run,
             "pipeline": self.pipeline,
-            "status": self.status,
+            "status": stable_status(self.status),
             "seconds": round(self.seconds, 3),
             "steps": [dataclasses.asdict(step) for step in self.steps],
             "metrics": merge_nested(merge_nested({}, self.metrics), self.measurements),

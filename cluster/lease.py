@@ -75,6 +75,10 @@ class LeaseBook(Protocol):
         """Give the lease back; nothing happens if it is lost."""
         ...
 
+    def held(self, key: str) -> object:
+        """True in a condition if somebody holds the lease who is not known to be dead."""
+        ...
+
 
 @contextmanager
 def hold(

@@ -4,6 +4,9 @@ A task that declares `cpus=0` only hands out work and waits. It holds nothing bu
 pool that its labels name; all that a profile gives it (cores, GPUs, memory, accelerator type,
 custom resources, labels) is meant for its workers, each of them. So a step that trains can never
 hold the one GPU that its training needs. None of this enters a key.
+
+What a step hands to its workers are paths: of its inputs, of its scratch. With a store in a bucket
+these are paths of its own node's cache, so there its workers stay on that node (`on_node`).
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ from typing import Any
 
 from goldcrest.cluster.api import Config, Resources, TrainingConfig
 from goldcrest.cluster.dag import Step
+
+NODE_ID = "ray.io/node-id"  # the label that Ray itself gives to every node
 
 
 def own_resources(step: Step) -> Resources:
@@ -54,14 +59,37 @@ def for_training(workers: Resources, config: TrainingConfig) -> TrainingConfig:
     return config.model_copy(update={name: value for name, value in given.items() if value})
 
 
-def asked(step: Step) -> Iterator[Resources]:
-    """Everything that must fit on one node each: the step, a worker, a worker of each training."""
+def on_node(wanted: Resources, node: str) -> Resources:
+    """`wanted`, on the node of this id and nowhere else.
+
+    A label, not `NodeAffinitySchedulingStrategy`: tasks, Ray Data and Ray Train all take labels.
+    """
+    return replace(wanted, labels={**wanted.labels, NODE_ID: node})
+
+
+def times(wanted: Resources, count: int) -> Resources:
+    """What `count` workers ask for that must all fit on one node."""
+    return replace(
+        wanted,
+        cpus=wanted.cpus * count,
+        gpus=wanted.gpus * count,
+        memory=None if wanted.memory is None else wanted.memory * count,
+        custom={name: amount * count for name, amount in wanted.custom.items()},
+    )
+
+
+def asked(step: Step, *, one_node: bool = False) -> Iterator[Resources]:
+    """Everything that must fit on one node each: the step, a worker, a worker of each training.
+
+    With `one_node` the workers of a training must all fit on it together.
+    """
     yield own_resources(step)
     workers = worker_resources(step)
     trainings = [_ for _ in _values(step.config) if isinstance(_, TrainingConfig)]
     for config in trainings:
         placed = for_training(workers, config)
-        yield for_call(workers, cpus=placed.cpus_per_worker, gpus=placed.gpus_per_worker)
+        each = for_call(workers, cpus=placed.cpus_per_worker, gpus=placed.gpus_per_worker)
+        yield times(each, placed.workers) if one_node else each
     if not trainings:
         yield for_call(workers, cpus=workers.cpus, gpus=workers.gpus)
 

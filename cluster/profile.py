@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,7 +26,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from goldcrest.cluster.api import Resources, parse_duration
 from goldcrest.cluster.dag import Step
 from goldcrest.cluster.errors import GoldcrestError, InputError
-from goldcrest.cluster.placement import asked
+from goldcrest.cluster.placement import NODE_ID, asked, hands_out, own_resources
 from goldcrest.cluster.ray_token import use_token_if_there, warn_if_open
 
 _BYTES = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)\s*$", re.IGNORECASE)
@@ -213,14 +214,21 @@ def _label_fits(selector: str, value: str | None) -> bool:
     return (value in allowed) != negated
 
 
-def check_placement(steps: Sequence[Step], nodes: Sequence[NodeKind], profile: Profile) -> None:
+def check_placement(
+    steps: Sequence[Step],
+    nodes: Sequence[NodeKind],
+    profile: Profile,
+    *,
+    one_node: bool = False,
+) -> None:
     """Refuse steps that no node can ever run: Ray would wait for such a node for ever.
 
+    `one_node`: the workers of a step must run together on its own node (a store in a bucket).
     Raises InputError that names the first such step and what the best node lacks.
     """
     offered = [*nodes, *profile.autoscaler]
     for step in steps:
-        for wanted in asked(step):
+        for wanted in asked(step, one_node=one_node):
             shortages = [lacking(wanted, node) for node in offered]
             if not all(shortages):
                 continue
@@ -231,6 +239,25 @@ def check_placement(steps: Sequence[Step], nodes: Sequence[NodeKind], profile: P
                 hint="choose another cluster profile, or ask for less under steps: in this one or "
                 "in the step's config",
             )
+
+
+def beside_its_workers(step: Step, nodes: Sequence[NodeKind]) -> Resources:
+    """What a step asks for whose workers must run on its own node: a node large enough for them.
+
+    Nodes that are too small are excluded, not the others named: one that joins later is welcome.
+    Where all are too small nothing is excluded, and the step says what it lacks.
+    """
+    own = own_resources(step)
+    if not hands_out(step):
+        return own
+    # A worker takes a core where nothing else is said; the head of a cluster often offers none.
+    wants = [replace(w, cpus=max(w.cpus, 1.0)) for w in asked(step, one_node=True)]
+    possible = [node for node in nodes if not lacking(own, node)]
+    small = [node for node in possible if any(lacking(wanted, node) for wanted in wants)]
+    if not small or len(small) == len(possible):
+        return own
+    excluded = ",".join(node.labels[NODE_ID] for node in small)
+    return replace(own, labels={NODE_ID: f"!in({excluded})", **own.labels})
 
 
 def attach(profile: Profile) -> Literal["attached", "joined", "started"]:

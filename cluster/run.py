@@ -30,10 +30,17 @@ from goldcrest.cluster.events import (
     StepProgress,
     StepResult,
     StepState,
+    interruption,
 )
 from goldcrest.cluster.placement import own_resources, task_options
 from goldcrest.cluster.plan import Plan, PlannedStep, make_plan
-from goldcrest.cluster.profile import Profile, attach, check_placement, running_nodes
+from goldcrest.cluster.profile import (
+    Profile,
+    attach,
+    beside_its_workers,
+    check_placement,
+    running_nodes,
+)
 from goldcrest.cluster.run_record import (
     EventFile,
     Notifier,
@@ -87,6 +94,7 @@ def run(
         store_uri=store.uri,
         profile=profile.model_dump(mode="json", exclude_defaults=True),
     )
+    _publish(store, run_id)  # from now on other hosts see it: what it needs is kept, it can go on
     notify = Notifier([EventFile(folder / "events.jsonl"), *listeners])
     driver = _Driver(plan, store=store, run_id=run_id, folder=folder, notify=notify, stop=stop)
     notify(
@@ -162,7 +170,12 @@ class _Driver:
 
         mode = attach(profile)
         try:
-            check_placement([p.step for p in self.plan.to_run], running_nodes(), profile)
+            check_placement(
+                [p.step for p in self.plan.to_run],
+                running_nodes(),
+                profile,
+                one_node=not self.store.shared_paths,
+            )
             self._check_store()
             self._submit()
             self._watch()
@@ -198,11 +211,14 @@ class _Driver:
         )
         self._forget_earlier_attempts()
         remote = ray.remote(execute_step)
+        nodes = running_nodes()
         for planned in self.plan.to_run:
             step = planned.step
             upstream = [self._references[n] for n in step.upstream if n in self._references]
+            free = self.store.shared_paths
+            wanted = own_resources(step) if free else beside_its_workers(step, nodes)
             options = {
-                **task_options(own_resources(step)),
+                **task_options(wanted),
                 "name": step.name,
                 # A sweep's trial lives in a placement group that has no room for its steps.
                 "scheduling_strategy": "DEFAULT",
@@ -387,6 +403,8 @@ class _Driver:
         done = all(row.state in ("ran", "cached") for row in rows)
         failures = [self.failures[row.name] for row in rows if row.name in self.failures]
         error = self.failure or next(iter(failures), None)
+        if status == "interrupted":
+            error = interruption("run")  # steps that failed before have their reasons in the rows
         return RunResult(
             run=self.run_id,
             pipeline=self.plan.pipeline,

@@ -28,7 +28,15 @@ from typing import TYPE_CHECKING, Any
 from goldcrest.cluster.api import Objective, Resources, Trained
 from goldcrest.cluster.artifact import Output
 from goldcrest.cluster.errors import StepError
-from goldcrest.cluster.placement import for_call, for_training, task_options
+from goldcrest.cluster.placement import (
+    NODE_ID,
+    for_call,
+    for_training,
+    on_node,
+    task_options,
+    times,
+)
+from goldcrest.cluster.profile import NodeKind, lacking, running_nodes
 from goldcrest.cluster.training_config import TrainingConfig
 
 if TYPE_CHECKING:
@@ -92,12 +100,20 @@ class RayRuntime:
     """Fan-out on the Ray cluster that this process belongs to.
 
     `held_cpus` are the CPU cores that the step itself holds while it waits for its fan-out,
-    `workers` is what a cluster profile gives to each of its workers.
+    `workers` is what a cluster profile gives to each of its workers. `node` is the id of the one
+    node where the paths that they are given mean something, None where every node sees them.
     """
 
-    def __init__(self, *, held_cpus: float = 0.0, workers: Resources | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        held_cpus: float = 0.0,
+        workers: Resources | None = None,
+        node: str | None = None,
+    ) -> None:
         self._held_cpus = held_cpus
         self._workers = workers or Resources(cpus=0.0)
+        self._node = node
 
     @property
     def gpus(self) -> float:
@@ -128,7 +144,7 @@ class RayRuntime:
         )
         shared = ray.put(function)
         waiting: collections.deque[Any] = collections.deque()
-        limit = _in_flight(cpus, gpus)
+        limit = _in_flight(cpus, gpus, *self._offered())
         remaining = iter(items)
         try:
             for item in itertools.islice(remaining, limit):
@@ -183,7 +199,9 @@ class RayRuntime:
         from goldcrest.cluster.training import train_on_ray
 
         placed = for_training(self._workers, config)
-        wanted = self._room_for(placed.cpus_per_worker, placed.gpus_per_worker, "train")
+        wanted = self._room_for(
+            placed.cpus_per_worker, placed.gpus_per_worker, "train", workers=placed.workers
+        )
         return train_on_ray(
             objective,
             placed,
@@ -194,27 +212,55 @@ class RayRuntime:
             on_progress=out.progress,
         )
 
-    def _room_for(self, cpus: float, gpus: float, what: str) -> Resources:
-        """What each worker asks for; work that would wait for ever is refused (Ray only waits)."""
-        import ray
+    def _room_for(self, cpus: float, gpus: float, what: str, *, workers: int = 1) -> Resources:
+        """What each worker asks for; work that would wait for ever is refused (Ray only waits).
 
+        `workers` must run at the same time; on several nodes Ray waits for as many as it needs.
+        """
         wanted = for_call(self._workers, cpus=cpus, gpus=gpus)
+        if self._node is not None:
+            return self._on_own_node(wanted, self._node, what, workers)
         cpus = wanted.cpus
-        total = ray.cluster_resources()
-        free = total.get("CPU", 0.0) - self._held_cpus
-        if cpus > free:
+        offered, offered_gpus = self._offered()
+        if cpus > offered:
             raise StepError(
                 f"{what} asks for {cpus:g} CPU cores per worker, but beside the "
-                f"{self._held_cpus:g} that its step holds the cluster has {free:g}",
+                f"{self._held_cpus:g} that its step holds the cluster has {offered:g}",
                 hint="declare cpus=0 for a step that only hands work out",
             )
-        if gpus > total.get("GPU", 0.0):
+        if gpus > offered_gpus:
             raise StepError(
-                f"{what} asks for {gpus:g} GPUs per worker; the cluster has "
-                f"{total.get('GPU', 0.0):g}",
+                f"{what} asks for {gpus:g} GPUs per worker; the cluster has {offered_gpus:g}",
                 hint="set the config's number of GPUs to 0, or use a cluster with GPUs",
             )
         return wanted
+
+    def _on_own_node(self, wanted: Resources, node: str, what: str, workers: int) -> Resources:
+        """`wanted` on the step's own node, refused where that is too small for it."""
+        lacks = lacking(times(wanted, workers), self._own_node(node))
+        if lacks:
+            raise StepError(
+                f"{what} asks for {' and '.join(lacks)}: with the store in a bucket, the workers "
+                "of a step run on its own node, as only that has the files they read",
+                hint="send the step to a larger node (labels under steps: of the cluster profile), "
+                "ask for less, or use a store in a folder that all nodes share",
+            )
+        return on_node(wanted, node)
+
+    def _offered(self) -> tuple[float, float]:
+        """CPU cores and GPUs that are there for workers."""
+        import ray
+
+        if self._node is not None:
+            own = self._own_node(self._node)
+            return own.cpus, own.gpus
+        total = ray.cluster_resources()
+        return total.get("CPU", 0.0) - self._held_cpus, total.get("GPU", 0.0)
+
+    def _own_node(self, node: str) -> NodeKind:
+        """The step's own node, without the cores that the step holds."""
+        (own,) = (found for found in running_nodes() if found.labels.get(NODE_ID) == node)
+        return own.model_copy(update={"cpus": own.cpus - self._held_cpus})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -351,14 +397,11 @@ def _call(function: Callable[..., Any], item: Any, cpus: float) -> Any:
     return function(item)
 
 
-def _in_flight(cpus: float, gpus: float) -> int:
+def _in_flight(cpus: float, gpus: float, offered: float, offered_gpus: float) -> int:
     """Twice as many calls as can run at once: workers never wait for the driver."""
-    import ray
-
-    total = ray.cluster_resources()
-    slots = [total.get("CPU", 1.0) / cpus] if cpus else [total.get("CPU", 1.0)]
+    slots = [offered / cpus if cpus else offered]
     if gpus:
-        slots.append(total.get("GPU", 0.0) / gpus)
+        slots.append(offered_gpus / gpus)
     return max(2, math.ceil(2 * min(slots)))
 
 

@@ -27,7 +27,7 @@ import re
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -38,6 +38,7 @@ from goldcrest.cluster.lease import Lease, LeaseBook, hold
 from goldcrest.cluster.masking import mask_text
 from goldcrest.cluster.process_id import ProcessId
 
+RECORD = "run.json"  # what makes a folder below runs/ the record of a run
 _KEY = re.compile(r"[0-9a-f]{64}")
 _RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
@@ -94,6 +95,8 @@ class Store(ABC):
     uri: str
     root: Path
     leases: LeaseBook
+    shared_paths: bool
+    """Whether a path below `root` is the same file on every node that sees the store."""
 
     @classmethod
     def open(cls, uri: str | Path) -> Store:
@@ -175,9 +178,11 @@ class Store(ABC):
     ) -> list[dict[str, Any]]:
         """Remove what nobody needs; rows of {"what", "path", "bytes", "reason"} say what went.
 
-        Always: unfinished work of dead writers, old leases, scratch of committed keys. Artifacts
-        only when `keep` is given: those not in it and older than `older_than` seconds. What another
-        host may still be using stays for `grace` seconds. A live writer's things are never touched.
+        Always: unfinished work of dead writers, old leases, scratch of committed keys. Only when
+        `keep` is given, and of keys not in it: artifacts older than `older_than` seconds (a
+        bucket's, and this host's copies), and scratch older than that and than `grace` whose step
+        never was committed. What another host may still be using stays for `grace` seconds. A live
+        writer's things are never touched, nor are the records of runs.
         """
 
     def lease(
@@ -246,12 +251,34 @@ class Store(ABC):
 
     def run_folder(self, run_id: str) -> Path:
         """The folder of one run's record, made if need be."""
-        if not _RUN.fullmatch(run_id):
-            raise StoreError(f"{run_id!r} is not the name of a run")
-        folder = self.runs_folder / run_id
+        folder = self.runs_folder / _run_name(run_id)
         with storage_errors(folder):
             folder.mkdir(exist_ok=True)
         return folder
+
+    def runs(self) -> list[str]:
+        """The runs that the store has records of, oldest first; in a bucket those of every host."""
+        times = self._run_times()
+        return sorted(times, key=lambda name: (times[name], name))
+
+    def _run_times(self) -> dict[str, float]:
+        """When the record of each run was written last."""
+        found = {}
+        with storage_errors(self.runs_folder):
+            for path in self.runs_folder.glob(f"*/{RECORD}"):
+                with suppress(FileNotFoundError):
+                    found[path.parent.name] = path.stat().st_mtime
+        return {name: written for name, written in found.items() if _RUN.fullmatch(name)}
+
+    def run_records(self, run_id: str) -> list[dict[str, Any]]:
+        """What the record of a run says, each copy of it that there is.
+
+        A bucket's copy and this host's may differ: who decides what to keep must heed both. Raises
+        StoreError for one that is damaged.
+        """
+        path = self.runs_folder / _run_name(run_id) / RECORD
+        with storage_errors(path):
+            return parse_record(path.read_bytes() if path.is_file() else None, str(path))
 
     def publish_run(self, run_id: str) -> None:
         """Copy a run's record to where others find it; nothing to do where the store is a path."""
@@ -278,6 +305,27 @@ class Store(ABC):
         for parameter, made in manifest.get("inputs", {}).items():
             inputs[parameter] = self._lineage(check_key(made), met) if made else None
         return tree
+
+
+def _run_name(run_id: str) -> str:
+    if not _RUN.fullmatch(run_id):
+        raise StoreError(f"{run_id!r} is not the name of a run")
+    return run_id
+
+
+def parse_record(text: bytes | None, where: str) -> list[dict[str, Any]]:
+    """The record in `text` as a list of one, of none where there is no text."""
+    if text is None:
+        return []
+    try:
+        record = json.loads(text)
+    except ValueError:
+        record = None
+    if not isinstance(record, dict):
+        raise StoreError(
+            f"the record {mask_text(where)} cannot be read", hint="remove it, or write it anew"
+        )
+    return [record]
 
 
 def _open_local(path: Path) -> Store:

@@ -38,6 +38,7 @@ class LocalStore(Store):
     """A store in a folder of this host or of a network file system."""
 
     leases: FileLeases
+    shared_paths = True
 
     def __init__(self, root: Path) -> None:
         self.root = root

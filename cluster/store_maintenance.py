@@ -20,6 +20,7 @@ from goldcrest.cluster.store import remove_tree, workplace_facts
 from goldcrest.cluster.store_stamps import BELIEVED_SECONDS
 
 if TYPE_CHECKING:
+    from goldcrest.cluster.store import Store
     from goldcrest.cluster.store_local import LocalStore
 
 _TRASH = re.compile(r"trash\.([0-9a-f]{16})-(\d+)-([\d.]*)\.[0-9a-f]{8}")
@@ -33,16 +34,22 @@ def collect(
     older_than: float,
     dry_run: bool,
     grace: float,
+    owner: Store | None = None,
 ) -> list[dict[str, Any]]:
-    """Remove (or only list) all garbage. Arguments and rows as in `Store.gc`."""
+    """Remove (or only list) all garbage. Arguments and rows as in `Store.gc`.
+
+    `owner` is the bucket whose cache and workplace `store` is: it knows what is committed and who
+    holds which lease.
+    """
+    owner = owner or store
     found: list[Iterable[Candidate]] = [
         _unfinished_work(store, grace),
-        _scratch(store),
+        _scratch(store, owner, keep, max(older_than, grace)),
         _leases(store.leases, grace),
         _stamps(store, grace),
     ]
     if keep is not None:
-        found.insert(0, _artifacts(store, keep, older_than))
+        found.insert(0, _artifacts(store, owner, keep, older_than))
         found.append(_quarantined(store, older_than))
     rows = []
     for candidates in found:
@@ -115,13 +122,21 @@ def _trash_owner(name: str) -> ProcessId | None:
     return ProcessId(host="", machine=match[1], pid=int(match[2]), started=match[3])
 
 
-def _scratch(store: LocalStore) -> Iterator[Candidate]:
-    """Scratch folders whose key is committed and not being computed."""
+def _scratch(
+    store: LocalStore, owner: Store, keep: set[str] | None, age: float
+) -> Iterator[Candidate]:
+    """Scratch folders that nobody computes in: of committed keys, and with `keep` abandoned ones.
+
+    Checkpoints of a config that failed or was given up serve only a repetition of the same config.
+    """
     for path in _list(store.root / "scratch"):
-        if not re.fullmatch(r"[0-9a-f]{64}", path.name) or store.leases.held(path.name):
+        key = path.name
+        if not re.fullmatch(r"[0-9a-f]{64}", key) or owner.leases.held(key):
             continue
-        if store.manifest(path.name) is not None:
+        if owner.manifest(key) is not None:
             yield "scratch", path, "its step is committed"
+        elif keep is not None and key not in keep and _age(path) >= age:
+            yield "scratch", path, "its step was given up, and it is not kept"
 
 
 def _leases(leases: FileLeases, grace: float) -> Iterator[Candidate]:
@@ -152,12 +167,18 @@ def _stamps(store: LocalStore, grace: float) -> Iterator[Candidate]:
                 yield "verification note", path, "it is too old to be believed"
 
 
-def _artifacts(store: LocalStore, keep: set[str], older_than: float) -> Iterator[Candidate]:
-    """Committed artifacts that are not kept, old enough, and not being worked on."""
+def _artifacts(
+    store: LocalStore, owner: Store, keep: set[str], older_than: float
+) -> Iterator[Candidate]:
+    """Committed artifacts that are not kept, old enough, and not being worked on.
+
+    In a bucket's cache the age is that of the copy, which was made later than the artifact.
+    """
+    what = "artifact" if owner is store else "cached artifact"
     for key in store.all_keys():
         place = store.place(key)
-        if key not in keep and store.leases.held(key) is None and _age(place) >= older_than:
-            yield "artifact", place, "it is not kept"
+        if key not in keep and _age(place) >= older_than and not owner.leases.held(key):
+            yield what, place, "it is not kept"
 
 
 def _quarantined(store: LocalStore, older_than: float) -> Iterator[Candidate]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -26,12 +27,20 @@ from goldcrest.cluster.artifact import MANIFEST, Artifact, safe_member
 from goldcrest.cluster.errors import StoreError
 from goldcrest.cluster.lease import Lease, lost_lease
 from goldcrest.cluster.lease_remote import BucketLeases
-from goldcrest.cluster.store import Store, check_key, storage_errors, workplace_name
+from goldcrest.cluster.store import (
+    RECORD,
+    Store,
+    check_key,
+    parse_record,
+    storage_errors,
+    workplace_name,
+)
 from goldcrest.cluster.store_bucket import Bucket
 from goldcrest.cluster.store_local import LocalStore
 from goldcrest.cluster.store_manifest import complete, seal, unseal, write_durably
 
 _ATTEMPT = re.compile(r"\d{12}-[0-9a-f]{16}")
+_AGREED = ".agreed"  # in the folder of a run's record: which one of the bucket it is
 _COMMIT = re.compile(r"[0-9a-f]{2}/([0-9a-f]{64})/(\d{12}-[0-9a-f]{16})\.json")
 
 
@@ -39,6 +48,7 @@ class RemoteStore(Store):
     """A store in a bucket, with a local store as cache and workplace."""
 
     leases: BucketLeases
+    shared_paths = False  # they lie in this host's cache
 
     def __init__(self, uri: str, bucket: Bucket, cache: Path) -> None:
         self.uri = uri
@@ -112,7 +122,10 @@ class RemoteStore(Store):
                 yield manifest
 
     def verify(self, key: str | None = None) -> list[dict[str, str]]:
-        """See `Store.verify`. Reads every byte from the bucket, past the cache."""
+        """See `Store.verify`. Reads every byte of the bucket, and every one of this host's copy.
+
+        Both, as a rotten copy whose time stamps have not changed would be found again and again.
+        """
         problems = []
         for one in sorted(self.committed()) if key is None else [check_key(key)]:
             attempt = self._newest(one)
@@ -128,6 +141,9 @@ class RemoteStore(Store):
             except ValueError as fault:
                 self._refuse(one, attempt, str(fault))
                 problems.append({"key": one, "step": step, "reason": str(fault)})
+            if self.cache.place(one).exists():
+                for row in self.cache.verify(one):
+                    problems.append({**row, "reason": f"this host's copy: {row['reason']}"})
         return problems
 
     def quarantined(self) -> list[dict[str, Any]]:
@@ -144,25 +160,46 @@ class RemoteStore(Store):
         return sorted(rows, key=lambda row: str(row.get("found")))
 
     def run_folder(self, run_id: str) -> Path:
-        """See `Store.run_folder`. The record of a run of another host is fetched first."""
-        known = (self.root / "runs" / run_id).exists()
+        """See `Store.run_folder`. What another host wrote there last is fetched first."""
         folder = super().run_folder(run_id)
-        if not known:
-            with storage_errors(folder):
-                for name in self.bucket.names(f"runs/{run_id}", recursive=True):
-                    target = folder / safe_member(name)
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    target.write_bytes(self.bucket.get(f"runs/{run_id}/{name}") or b"")
+        with storage_errors(folder):
+            written = self.bucket.times(f"runs/{run_id}", recursive=True)
+            newer = written.get(RECORD, 0.0) > _agreed(folder)
+            cut_short = RECORD in written and not (folder / RECORD).is_file()
+            if newer or cut_short or not any(folder.iterdir()):
+                for name in sorted(written, key=lambda name: name == RECORD):
+                    if not name.endswith(".part"):
+                        target = folder / safe_member(name)
+                        target.parent.mkdir(parents=True, exist_ok=True)
+                        target.write_bytes(self.bucket.get(f"runs/{run_id}/{name}") or b"")
+                _agree(folder, written)
         return folder
 
     def publish_run(self, run_id: str) -> None:
-        """See `Store.publish_run`."""
-        folder = self.run_folder(run_id)
+        """See `Store.publish_run`. `run.json` comes last: who sees it sees the rest."""
+        folder = super().run_folder(run_id)  # ours as it is, not what the bucket has
         with storage_errors(self.uri):
-            for path in sorted(folder.rglob("*")):
-                if path.is_file():
+            for path in sorted(folder.rglob("*"), key=lambda path: (path.name == RECORD, path)):
+                if path.is_file() and not path.name.startswith("."):
                     name = path.relative_to(folder).as_posix()
                     self.bucket.put(f"runs/{run_id}/{name}", path.read_bytes())
+            _agree(folder, self.bucket.times(f"runs/{run_id}"))
+
+    def run_records(self, run_id: str) -> list[dict[str, Any]]:
+        """See `Store.run_records`."""
+        own = super().run_records(run_id)
+        name = f"runs/{run_id}/{RECORD}"
+        with storage_errors(self.uri):
+            return own + parse_record(self.bucket.get(name), f"{self.uri}: {name}")
+
+    def _run_times(self) -> dict[str, float]:
+        found = super()._run_times()
+        with storage_errors(self.uri):
+            for name, written in self.bucket.times("runs", recursive=True).items():
+                run, _, member = name.partition("/")
+                if member == RECORD:
+                    found[run] = max(written, found.get(run, 0.0))
+        return found
 
     def gc(
         self,
@@ -176,7 +213,9 @@ class RemoteStore(Store):
         from goldcrest.cluster.store_remote_maintenance import collect
 
         with storage_errors(self.uri):
-            rows = self.cache.gc(dry_run=dry_run, grace=grace)
+            rows = store_maintenance.collect(
+                self.cache, keep, older_than=older_than, dry_run=dry_run, grace=grace, owner=self
+            )
             return rows + collect(self, keep, older_than=older_than, dry_run=dry_run, grace=grace)
 
     def _check_lease(self, lease: Lease) -> None:
@@ -264,6 +303,27 @@ class RemoteStore(Store):
         }
         self.bucket.put(f"quarantine/{name}", json.dumps(row, sort_keys=True).encode())
         self.bucket.delete(f"{_place(key)}/{attempt}.json")
+
+
+def _agreed(folder: Path) -> float:
+    """The bucket's time of the record that `folder` is a copy of.
+
+    Infinite for a record that was never in the bucket: nothing there is newer.
+    """
+    try:
+        return float((folder / _AGREED).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return math.inf
+
+
+def _agree(folder: Path, written: Mapping[str, float]) -> None:
+    """Note that `folder` is what the bucket has; `written` are the times of its objects there."""
+    when = written.get(RECORD)
+    if when is None:
+        return
+    (folder / _AGREED).write_text(repr(when), encoding="utf-8")
+    if when and (folder / RECORD).is_file():  # `runs` orders by it: to fetch makes no run newer
+        os.utime(folder / RECORD, (when, when))
 
 
 def _place(key: str) -> str:

@@ -29,7 +29,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from goldcrest.cluster.config_file import Tree, to_yaml
 from goldcrest.cluster.errors import GoldcrestError
-from goldcrest.cluster.events import Failure, Listener, RunFinished, RunResult, RunStarted
+from goldcrest.cluster.events import (
+    Failure,
+    Listener,
+    RunFinished,
+    RunResult,
+    RunStarted,
+    interruption,
+)
 from goldcrest.cluster.masking import is_secret_name, mask_secrets
 from goldcrest.cluster.plan import Plan, pipeline_name
 from goldcrest.cluster.profile import Profile, attach, check_placement, running_nodes
@@ -133,7 +140,12 @@ class _Sweep:
 
         mode = attach(self.profile)
         try:
-            check_placement(self.plan.steps, running_nodes(), self.profile)
+            check_placement(
+                self.plan.steps,
+                running_nodes(),
+                self.profile,
+                one_node=not self.store.shared_paths,
+            )
             self._tell_start()
             self._tune()
         except GoldcrestError as error:
@@ -238,12 +250,15 @@ class _Sweep:
     def _finish(self, fault: Failure | None) -> SweepResult:
         """The result, in all the places where it belongs."""
         trials = dict(sorted(self.monitor.trials.items())) if self.monitor else {}
+        status = self._status(list(trials.values()), fault)
+        if status == "interrupted":
+            fault = interruption("sweep")
         result = SweepResult(
             sweep=self.plan.name,
             pipeline=pipeline_name(self.pipeline),
             metric=self.options.metric,
             mode=self.options.mode,
-            status=self._status(list(trials.values()), fault),
+            status=status,
             seconds=time.monotonic() - self.started,
             trials=list(trials.values()),
             error=fault or _first_failure(list(trials.values())),

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from goldcrest.cluster.errors import InputError
-from goldcrest.cluster.events import Failure
+from goldcrest.cluster.events import Failure, stable_status
 from goldcrest.cluster.masking import mask_secrets
 from goldcrest.cluster.report import write_text
 from goldcrest.cluster.sweep_space import Space, Values
@@ -95,7 +95,7 @@ class SweepResult:
         return {"ran": states.count("ran"), "cached": states.count("cached")}
 
     def as_json(self) -> dict[str, Any]:
-        """The stable JSON of a sweep."""
+        """The stable JSON of a sweep; its status is succeeded or failed, as that of a run."""
         best = self.best
         error = self.error and {
             "step": self.error.step,
@@ -107,7 +107,7 @@ class SweepResult:
             "pipeline": self.pipeline,
             "metric": self.metric,
             "mode": self.mode,
-            "status": self.status,
+            "status": stable_status(self.status),
             "seconds": round(self.seconds, 3),
             "trials": [trial.as_json() for trial in self.trials],
             "best": best.as_json() if best else None,

@@ -134,7 +134,11 @@ def _make(step: Step, context: RunContext, store: Store, lease: Lease, teller: T
     try:
         out = Output(
             folder,
-            runtime=RayRuntime(held_cpus=own.cpus, workers=worker_resources(step)),
+            runtime=RayRuntime(
+                held_cpus=own.cpus,
+                workers=worker_resources(step),
+                node=None if store.shared_paths else _this_node(),
+            ),
             seed=step.seed,
             scratch=store.scratch(step.key),
             on_progress=teller.progress,
@@ -198,6 +202,12 @@ def package_versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return versions
+
+
+def _this_node() -> str:
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id())
 
 
 def describe_place() -> str:

@@ -22,8 +22,6 @@ from goldcrest.pipelines.cli_common import (
     open_store,
     out,
     print_table,
-    read_record,
-    run_names,
     say,
 )
 
@@ -137,7 +135,8 @@ def gc(
         str | None,
         typer.Option(
             metavar="TIME",
-            help="also remove artifacts older than this (90s, 10m, 2h, 30d) that no kept run uses",
+            help="also remove artifacts older than this (90s, 10m, 2h, 30d) that no kept run uses, "
+            "and checkpoints of steps given up so long ago (a day at least)",
         ),
     ] = None,
     keep_run: Annotated[
@@ -151,12 +150,15 @@ def gc(
     store: StoreOption = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Remove leftovers of dead runs; with --older-than, old artifacts too."""
+    """Remove leftovers of dead runs; with --older-than, old artifacts and checkpoints too.
+
+    The records of runs stay.
+    """
     with answering(json_file) as answer:
         opened = open_store(store)
         age = parse_duration(older_than) if older_than is not None else None
         kept = [find_run(opened, name)[0] for name in keep_run or []]
-        newest = run_names(opened)[-keep_runs:] if keep_runs else []
+        newest = opened.runs()[-keep_runs:] if keep_runs else []
         keep = None if age is None else _keys_of(opened, {*kept, *newest})
         rows = opened.gc(keep, older_than=age or 0.0, dry_run=dry_run)
         answer.value = {"dry_run": dry_run, "removed": rows}
@@ -171,8 +173,9 @@ def _keys_of(store: Store, runs: set[str]) -> set[str]:
     """Keys of the steps that the records of `runs` name."""
     keys = set()
     for run in runs:
-        plan = read_record(store.runs_folder / run).get("plan") or {}
-        keys |= {str(step["key"]) for step in plan.get("steps", [])}
+        for record in store.run_records(run):
+            plan = record.get("plan") or {}
+            keys |= {str(step["key"]) for step in plan.get("steps", [])}
     return keys
 
 

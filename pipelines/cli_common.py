@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 DEFAULT_STORE = ".goldcrest/store"
+_STOPPED = "interrupted; the same command continues where it stopped"
 _PLAIN_WIDTH = 160  # columns where there is no terminal to ask
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -174,8 +175,8 @@ def answering(json_file: Path | None, failure: dict[str, Any] | None = None) -> 
         if hint:
             say(f"       {hint}", error=True)
     except KeyboardInterrupt:
-        failed(INTERRUPTED, "interrupted", "the same command continues where it stopped")
-        say("interrupted; the same command continues where it stopped", error=True)
+        failed(INTERRUPTED, _STOPPED, None)
+        say(_STOPPED, error=True)
     except typer.Exit:
         raise
     except Exception as error:  # noqa: BLE001 - machines are owed their JSON in any case
@@ -258,17 +259,11 @@ def check_run_name(name: str) -> str:
     return name
 
 
-def run_names(store: Store) -> list[str]:
-    """The runs that the store has records of, oldest first."""
-    found = [path for path in store.runs_folder.iterdir() if (path / "run.json").is_file()]
-    return [path.name for path in sorted(found, key=lambda p: (p / "run.json").stat().st_mtime)]
-
-
 def find_run(store: Store, name: str) -> tuple[str, Path]:
     """Name and folder of a recorded run; `last` is the one that was touched last."""
     import difflib
 
-    names = run_names(store)
+    names = store.runs()
     if name == "last" and names:
         name = names[-1]
     if check_run_name(name) not in names:
@@ -277,7 +272,7 @@ def find_run(store: Store, name: str) -> tuple[str, Path]:
         recent = f" (newest: {', '.join(names[-3:])})" if names else " (it has none yet)"
         where = mask_text(store.uri)
         raise InputError(f"the store {where} has no run '{name}'{guess}{recent}")
-    return name, store.runs_folder / name
+    return name, store.run_folder(name)
 
 
 def read_record(folder: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import signal
 import time
@@ -279,6 +280,38 @@ def train_toy(cfg: TrainToyConfig, out: Output) -> None:
     out.json("places", {"own": where(0), "map": mapped, "trained_on_gpu_node": trained_there})
 
 
+def read_there(_: int, *, folder: Path) -> str:
+    """The label `pool` of a node that has the folder; an error on one that has not."""
+    (folder / "number.json").read_text(encoding="utf-8")
+    time.sleep(0.5)  # so that other nodes would get some of the work, were they asked
+    return where(0)
+
+
+class ReadThere:
+    """For Runtime.stream: `read_there` for every batch."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        """(x) -> (pool), one row."""
+        return pa.table({"pool": [read_there(0, folder=self.folder)]})
+
+
+@task(cpus=0)
+def hand_paths(cfg: NumberConfig, source: Artifact, out: Output) -> None:
+    """Hand the path of the input to a map and a stream, and write down where they ran."""
+    import pyarrow.parquet as pq
+
+    shard = out.scratch / "x.parquet"
+    pq.write_table(pa.table({"x": range(4)}), shard)
+    work = functools.partial(read_there, folder=source.path)
+    mapped = sorted(set(out.runtime.map(work, range(4))))
+    tables = out.runtime.stream([shard], ReadThere, {"folder": source.path}, batch_rows=1)
+    streamed = sorted({pool for table in tables for pool in table.column("pool").to_pylist()})
+    out.json("places", {"own": where(0), "map": mapped, "stream": streamed})
+
+
 @task(cpus=0.5)
 def look(cfg: NumberConfig, out: Output) -> None:
     """Write down on which node this runs."""
@@ -302,3 +335,18 @@ class Pools:
             look.bind(NumberConfig(value=2), name="hold"),
             train_toy.bind(TrainToyConfig(), name="train"),
         ]
+
+
+class Paths:
+    """A pipeline whose steps hand paths of their inputs and of their scratch to workers."""
+
+    Config = PoolsConfig
+
+    @staticmethod
+    def build(cfg: PoolsConfig) -> Any:
+        """Two that hand out, several times, so that no luck makes them right."""
+        source = number.bind(NumberConfig())
+        handing = [
+            hand_paths.bind(NumberConfig(value=n), source, name=f"hand{n}") for n in range(3)
+        ]
+        return [*handing, train_toy.bind(TrainToyConfig(), name="train")]

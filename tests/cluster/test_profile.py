@@ -11,12 +11,13 @@ from goldcrest.cluster.api import Config, InputError, Resources, TrainingConfig
 from goldcrest.cluster.dag import Step, walk
 from goldcrest.cluster.errors import GoldcrestError
 from goldcrest.cluster.keys import Fingerprints
-from goldcrest.cluster.placement import asked, own_resources, task_options
+from goldcrest.cluster.placement import NODE_ID, asked, own_resources, task_options
 from goldcrest.cluster.profile import (
     NodeKind,
     Profile,
     StepResources,
     attach,
+    beside_its_workers,
     check_placement,
     lacking,
     parse_bytes,
@@ -93,6 +94,43 @@ def test_a_config_that_asks_for_gpus_is_refused_before_anything_starts() -> None
     (step,) = walk([train_toy.bind(config)], fingerprints=Fingerprints(Path("/nowhere/c")))
     with pytest.raises(InputError, match="step 'train_toy' asks for 2 GPUs"):
         check_placement([step], [NodeKind(name="n", cpus=8)], Profile())
+
+
+def step_that_trains(workers: int, profile: Profile | None = None) -> Step:
+    config = TrainToyConfig(training=TrainingConfig(workers=workers))
+    overrides = profile.overrides() if profile else []
+    fingerprints = Fingerprints(Path("/nowhere/c"))
+    (step,) = walk([train_toy.bind(config)], fingerprints=fingerprints, overrides=overrides)
+    return step
+
+
+def test_workers_that_must_share_a_node_are_refused_where_none_is_large_enough() -> None:
+    nodes = [NodeKind(name="n1", cpus=2), NodeKind(name="n2", cpus=2)]
+    step = step_that_trains(3)
+    check_placement([step], nodes, Profile())  # spread over both they find room
+    with pytest.raises(InputError, match=r"asks for 3 CPU cores \(n1 has 2\)"):
+        check_placement([step], nodes, Profile(), one_node=True)
+    check_placement([step_that_trains(2)], nodes, Profile(), one_node=True)
+
+
+def test_a_step_with_its_workers_keeps_off_nodes_that_are_too_small_for_them() -> None:
+    def node(name: str, cpus: float, **labels: str) -> NodeKind:
+        return NodeKind(name=name, cpus=cpus, labels={NODE_ID: name, **labels})
+
+    head, small, large = node("aa", 0), node("bb", 1), node("cc", 4)
+    alone = Resources(cpus=0)
+    assert beside_its_workers(step_that_trains(1), [small, large]) == alone
+    assert beside_its_workers(step_that_trains(2), [head, small, large]) == Resources(
+        cpus=0, labels={NODE_ID: "!in(aa,bb)"}
+    )
+    assert beside_its_workers(step_that_trains(2), [head, small]) == alone  # it says what it lacks
+    profile = Profile.model_validate({"steps": {"*": {"labels": {"pool": "x"}}}})
+    pool = [head, node("dd", 1, pool="x"), node("ee", 2, pool="x")]
+    assert beside_its_workers(step_that_trains(2, profile), pool) == Resources(
+        cpus=0, labels={"pool": "x", NODE_ID: "!in(dd)"}
+    )
+    (computes,) = steps(Profile(), "prepare")
+    assert beside_its_workers(computes, [head, large]) == computes.resources
 
 
 def test_later_patterns_win_and_only_given_fields_change() -> None:

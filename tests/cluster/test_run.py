@@ -27,6 +27,7 @@ from goldcrest.cluster.profile import Profile
 from goldcrest.cluster.run import run
 from goldcrest.cluster.run_record import Notifier, ProgressReader, last_lines
 from goldcrest.cluster.store import Store
+from goldcrest.cluster.store_remote import RemoteStore
 from tests.cluster.engine_steps import (
     Chain,
     ChainConfig,
@@ -40,6 +41,7 @@ from tests.cluster.engine_steps import (
     number,
     trouble,
 )
+from tests.cluster.rotten_disk import rot
 
 ONE = NumberConfig(value=1)
 
@@ -253,6 +255,20 @@ def test_a_damaged_input_is_made_again_and_nothing_else(ray_cluster: None, store
     assert member.read_bytes() == good
 
 
+def test_a_rotten_copy_in_a_bucket_s_cache_costs_one_failure(
+    ray_cluster: None, s3_uri: str
+) -> None:
+    """Its time stamps are as they were: only the step that reads it notices, and it is mended."""
+    store = Store.open(s3_uri)
+    assert isinstance(store, RemoteStore)
+    result = run(Chain, ChainConfig(length=0), store=store)
+    rot(store.cache, result.steps[0].key, "number.json")
+    failed = run(Chain, ChainConfig(length=1), store=store)
+    assert states(failed) == {"number": "cached", "add0": "failed"}
+    again = run(Chain, ChainConfig(length=1), store=store)
+    assert states(again) == {"number": "cached", "add0": "ran"}  # fetched, not computed again
+
+
 def test_a_profile_that_nothing_fits_starts_no_step(ray_cluster: None, store: Store) -> None:
     profile = Profile.model_validate({"steps": {"number": {"gpus": 1}}})
     recorder = Recorder()
@@ -280,6 +296,15 @@ def test_ctrl_c_leaves_a_record_and_a_run_that_goes_on(ray_cluster: None, store:
         run(Chain, config, store=store, listeners=[listener], run_id="stopped")
     record = json.loads((store.run_folder("stopped") / "run.json").read_text())
     assert record["status"] == "interrupted"
+    last = listener.events[-1]
+    assert isinstance(last, RunFinished)
+    assert last.as_json()["result"]["status"] == "interrupted"  # what report and tracking show
+    stable = json.loads((store.run_folder("stopped") / "result.json").read_text())
+    assert stable == last.result.as_json()
+    assert stable["status"] == "failed"  # machines know two ends
+    assert stable["error"]["step"] is None
+    for words in ("interrupted", "the same command continues"):
+        assert words in stable["error"]["message"]
     quick = ChainConfig(length=2, rest=NumberConfig(value=1, seconds=0.0))
     again = run(Chain, quick, store=store)
     assert states(again) == {"number": "cached", "add0": "ran", "add1": "ran"}

@@ -120,6 +120,24 @@ def test_work_that_can_never_be_placed_is_refused(ray_cluster: None, tmp_path: P
         list(RayRuntime().map(square, [1], gpus=1))
 
 
+def test_on_one_node_the_work_must_fit_beside_the_step(ray_cluster: None, tmp_path: Path) -> None:
+    """What workers are given are paths of that node; elsewhere is no room for them."""
+    import ray
+
+    node = ray.get_runtime_context().get_node_id()
+    here = RayRuntime(held_cpus=1, node=node)
+    assert list(here.map(square, range(5))) == [0, 1, 4, 9, 16]
+    shards = write_shards(tmp_path, [40])
+    with pytest.raises(StepError, match=r"stream asks for 2 CPU cores \(.* has 1\)") as caught:
+        list(here.stream(shards, Doubler, {"factor": 1}, cpus=2))
+    assert "labels" in str(caught.value.hint) and "folder" in str(caught.value.hint)
+    with pytest.raises(StepError, match="map asks for 1 GPUs"):
+        list(here.map(square, [1], gpus=1))
+    out = Output(tmp_path / "out", runtime=here)
+    with pytest.raises(StepError, match="train asks for 2 CPU cores"):  # both workers at once
+        out.runtime.train("objective", TrainingConfig(workers=2), out)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("runtime", "engine"),
     [(LocalRuntime(), "train_local"), (RayRuntime(), "train_on_ray")],

@@ -192,6 +192,48 @@ def test_run_records(store, tmp_path, monkeypatch):
     assert (Store.open(store.uri).run_folder("run-1") / "run.json").read_text() == "{}"
 
 
+def record(store, run, **facts):
+    """Write the record of a run and let other hosts see it."""
+    (store.run_folder(run) / "run.json").write_text(json.dumps(facts))
+    store.publish_run(run)
+
+
+def test_runs_of_every_host_are_listed(store, tmp_path, monkeypatch):
+    assert store.runs() == [] and store.run_records("run-1") == []
+    record(store, "run-1", host="one")
+    store.run_folder("not-begun")
+    monkeypatch.setenv("GOLDCREST_CACHE", str(tmp_path / "another host"))
+    other = Store.open(store.uri)
+    record(other, "run-2", host="two")
+    for host in (store, other):
+        # A bucket in memory knows no times to order them by.
+        names = sorted(host.runs()) if store.uri.startswith("memory:") else host.runs()
+        assert names == ["run-1", "run-2"]
+        assert {row["host"] for row in host.run_records("run-1")} == {"one"}
+        assert {row["host"] for row in host.run_records("run-2")} == {"two"}
+    with pytest.raises(StoreError, match="name of a run"):
+        store.run_records("../run-1")
+    (store.run_folder("run-1") / "run.json").write_text("{")
+    with pytest.raises(StoreError, match="cannot be read"):  # gc must not take it for an empty one
+        store.run_records("run-1")
+
+
+def test_a_run_that_another_host_went_on_with_is_fetched_again(tmp_path, monkeypatch):
+    uri = f"local://{tmp_path}/bucket"
+    monkeypatch.setenv("GOLDCREST_CACHE", str(tmp_path / "one"))
+    one = Store.open(uri)
+    record(one, "run-1", status="failed")
+    monkeypatch.setenv("GOLDCREST_CACHE", str(tmp_path / "two"))
+    two = Store.open(uri)
+    path = two.run_folder("run-1") / "run.json"
+    path.write_text('{"status": "running"}')  # two goes on with it ...
+    assert json.loads((two.run_folder("run-1") / "run.json").read_text()) == {"status": "running"}
+    assert json.loads((one.run_folder("run-1") / "run.json").read_text()) == {"status": "failed"}
+    assert [row["status"] for row in two.run_records("run-1")] == ["running", "failed"]
+    two.publish_run("run-1")  # ... and only then one sees it
+    assert json.loads((one.run_folder("run-1") / "run.json").read_text()) == {"status": "running"}
+
+
 def test_entries_and_lineage(store):
     corpus, mfcc = key_of("corpus"), key_of("mfcc")
     put(store, corpus, step="prepare")

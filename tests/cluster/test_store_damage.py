@@ -12,8 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from goldcrest.cluster.artifact import MANIFEST
+from goldcrest.cluster.errors import StoreError
 from goldcrest.cluster.store import Store
 from goldcrest.cluster.store_stamps import SETTLED_NS, Stamps
+from tests.cluster.rotten_disk import rot
 
 KEY = hashlib.sha256(b"damage").hexdigest()
 MEMBERS = {"a.txt": b"first member", "deep/b.bin": bytes(range(200))}
@@ -155,6 +157,21 @@ def test_damaged_copy_in_the_cache_is_fetched_again(tmp_path, monkeypatch):
     (put(store).path / "a.txt").write_bytes(b"FIRST member")
     assert store.find(KEY).file("a.txt").read_bytes() == MEMBERS["a.txt"]
     assert store.quarantined() == []
+
+
+@pytest.mark.parametrize("key", [KEY, None])
+def test_rot_in_the_cache_of_a_bucket_is_mended_by_verify(tmp_path, monkeypatch, key):
+    monkeypatch.setenv("GOLDCREST_CACHE", str(tmp_path / "cache"))
+    store = Store.open(f"local://{tmp_path}/bucket")
+    put(store)
+    rot(store.cache, KEY, "a.txt")
+    with pytest.raises(StoreError, match=r"a\.txt"):
+        store.find(KEY).file("a.txt")  # found by its unchanged stamps, refused when it is read
+    (problem,) = store.verify(key)
+    assert problem["key"] == KEY and problem["step"] == "x"
+    assert problem["reason"] == "this host's copy: a.txt: its checksum differs"
+    assert store.find(KEY).file("a.txt").read_bytes() == MEMBERS["a.txt"]
+    assert store.verify(key) == [] and store.quarantined() == []
 
 
 def test_half_downloaded_object_is_read_twice(tmp_path, monkeypatch):

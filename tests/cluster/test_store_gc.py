@@ -76,6 +76,21 @@ def test_unfinished_work_of_the_dead_goes_and_scratch_stays(store):
     assert not list(store.scratch(KEY).iterdir())
 
 
+def test_checkpoints_of_what_was_given_up_go_with_old_artifacts(store):
+    abandon(store, KEY)
+    assert "scratch" not in whats(store.gc(set()))  # too young: whoever repeats it needs them
+    age(store.scratch(KEY), 2 * 86400)
+    assert store.gc() == []  # not asked for
+    assert store.gc({KEY}) == []  # a kept run has it
+    assert store.gc(set(), older_than=3 * 86400) == []
+    with store.lease(KEY, owner="live"):
+        assert store.gc(set()) == []
+    assert (store.scratch(KEY) / "checkpoint").exists()
+    (row,) = store.gc(set(), older_than=3600.0)
+    assert row["what"] == "scratch" and "given up" in row["reason"]
+    assert not list((store.root / "scratch").iterdir())
+
+
 def test_live_writers_keep_everything(store):
     put(store, OTHER)
     with store.lease(KEY, owner="live") as lease, store.lease(OTHER, owner="live"):
@@ -178,10 +193,34 @@ def test_bucket(tmp_path, monkeypatch):
         assert store.bucket.get(path) == b"being uploaded"
     abandon(store, OTHER)
     rows = store.gc(set(), grace=0.0)
-    assert whats(rows) == ["artifact", "lease", "unfinished work"]
+    assert whats(rows) == ["artifact", "cached artifact", "lease", "scratch", "unfinished work"]
     assert store.find(KEY) is None
     assert store.bucket.names("", recursive=True) == []
     put(store, KEY)
+
+
+def test_the_cache_of_a_bucket_ages_out_and_heeds_the_leases_of_the_bucket(tmp_path, monkeypatch):
+    monkeypatch.setenv("GOLDCREST_CACHE", str(tmp_path / "cache"))
+    store = Store.open(f"local://{tmp_path}/bucket")
+    for key in (KEY, OTHER):
+        put(store, key)
+        (store.scratch(key) / "checkpoint").write_text("1")
+        age(store.cache.place(key), 2 * 86400)
+        age(store.scratch(key), 2 * 86400)
+    monkeypatch.setenv("GOLDCREST_CACHE", str(tmp_path / "another host"))
+    other = Store.open(store.uri)
+    rows = other.gc(set())  # the artifacts go; of the first host's copies this one knows nothing
+    assert whats(rows) == ["artifact"]
+    with other.lease(OTHER, owner="live"):
+        rows = store.gc({KEY}, older_than=3600.0)
+        assert rows == []  # KEY is kept, on OTHER somebody works
+    rows = store.gc(set(), older_than=3600.0)
+    assert whats(rows) == ["cached artifact", "scratch"]
+    assert store.cache.all_keys() == [] and not list((store.root / "scratch").iterdir())
+    # a checkpoint of a step that another host has committed
+    (store.scratch(KEY) / "checkpoint").write_text("1")
+    put(other, KEY)
+    assert whats(store.gc()) == ["scratch"]
 
 
 def test_bucket_quarantine(tmp_path, monkeypatch):
@@ -191,5 +230,5 @@ def test_bucket_quarantine(tmp_path, monkeypatch):
     store.bucket.put(f"artifacts/{KEY[:2]}/{KEY}/{attempt}/value", b"damaged")
     assert len(store.verify()) == 1
     assert store.gc(grace=0.0) == []
-    assert whats(store.gc(set(), grace=0.0)) == ["quarantined"]
+    assert whats(store.gc(set(), grace=0.0)) == ["cached artifact", "quarantined"]
     assert store.bucket.names("", recursive=True) == []

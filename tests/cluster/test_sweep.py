@@ -269,6 +269,8 @@ def test_ctrl_c_ends_the_trials_in_good_order(ray_cluster: None, lab: Lab) -> No
         lab.sweep(space, search="grid", parallel=1, learn=learn, listeners=(Impatient(),))
     result = stopped.value.result
     assert result.status == "interrupted"
+    assert result.as_json()["status"] == "failed"
+    assert "interrupted; the same command continues" in result.as_json()["error"]["message"]
     assert [trial.state for trial in result.trials] == ["interrupted"]
     assert lab.executed() == {"prefix": 1, "second": 1, "learn": 1}
     assert not lab.leases()

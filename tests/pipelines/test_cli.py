@@ -263,7 +263,10 @@ def test_an_interrupt_is_130(call: Any, monkeypatch: pytest.MonkeyPatch, tmp_pat
     done = call("run", GARDEN, "--json", "answer.json")
     assert done.code == 130
     assert "the same command continues" in done.err
-    assert json.loads((tmp_path / "answer.json").read_text())["error"]["message"] == "interrupted"
+    answer = json.loads((tmp_path / "answer.json").read_text())
+    assert answer["status"] == "failed"
+    message = "interrupted; the same command continues where it stopped"
+    assert answer["error"] == {"step": None, "message": message, "hint": None}
 
 
 def test_an_unexpected_error_still_answers_machines(
@@ -409,6 +412,34 @@ def test_artifacts_gc_keeps_what_runs_use(call: Any, garden: Path) -> None:
     assert count() == 4
     assert call(*again).code == 0
     assert count() == 0
+
+
+def test_runs_of_other_hosts_count_where_the_store_is_a_bucket(
+    call: Any, s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their artifacts are kept, and their runs can be reported and resumed from here."""
+    monkeypatch.setenv("GOLDCREST_CACHE", str(tmp_path / "one-host"))
+    there = Store.open(s3_uri)
+    kept, loose = "a" * 64, "b" * 64
+    for key in (kept, loose):
+        with there.lease(key, owner="test") as lease:
+            there.commit(key, there.begin(key, lease), {"step": "sow"}, lease)
+    folder = there.run_folder("theirs")
+    (folder / "run.json").write_text(json.dumps({"plan": {"steps": [{"key": kept}]}}))
+    (folder / "events.jsonl").write_text("")
+    there.publish_run("theirs")
+
+    monkeypatch.setenv("GOLDCREST_CACHE", str(tmp_path / "another-host"))
+    here = Store.open(s3_uri)
+    for keep in (["--keep-runs", "1"], ["--keep-runs", "0", "--keep-run", "theirs"]):
+        done = call("artifacts", "gc", "--older-than", "0s", *keep, "--store", s3_uri)
+        assert done.code == 0, done.err
+        assert [entry["key"] for entry in here.entries()] == [kept]
+    assert "theirs" in call("report", "last", "--store", s3_uri).out
+    assert "not complete" in call("resume", "theirs", "--store", s3_uri).err  # found, but a stub
+    assert "newest: theirs" in call("resume", "nobodys", "--store", s3_uri).err
+    call("artifacts", "gc", "--older-than", "0s", "--keep-runs", "0", "--store", s3_uri)
+    assert list(here.entries()) == []
 
 
 def test_report_is_written_again(call: Any, garden: Path) -> None:
