@@ -47,8 +47,8 @@ def describe_failure(
     # A step may fail by itself in the moment in which it is stopped: then that is the reason.
     if timed_out is not None and not isinstance(error, RayTaskError):
         message = f"the step ran longer than its timeout of {in_words(timed_out)} and was stopped"
-        hint = f'raise it: -o "steps={{{step}: {{timeout: 48h}}}}", or in the cluster profile'
-        return Failure(step=step, message=message, hint=hint, log=shown)
+        longer = f'raise it: -o "steps={{{step}: {{timeout: 48h}}}}", or in the cluster profile'
+        return Failure(step=step, message=message, hint=longer, log=shown)
     message, hint = _message(error, "" if fatal is None else lines[fatal], exit_status)
     return Failure(step=step, message=message, hint=hint, log=shown)
 
