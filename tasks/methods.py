@@ -12,7 +12,7 @@ kernel changes the key of the artifacts that it made.
 
 Reading a kernel's dataclass imports torch (two seconds), which a run that is wholly cached must not
 pay for. A kernel's answer depends on its source and the given values alone, so answers are kept in
-a small cache under the user's cache folder, keyed by both.
+a small cache under the user's cache folder, keyed by both (`remembered`).
 """
 
 from __future__ import annotations

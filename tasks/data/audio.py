@@ -47,10 +47,13 @@ def read_header(source: Path | bytes, limits: AudioLimits | None = None) -> Head
     """The header of a file (path or bytes), checked against `limits`; AudioError if unusable."""
     limits = limits or AudioLimits()
     if isinstance(source, Path):
-        if not source.is_file():
-            raise AudioError("the file does not exist")
-        if source.stat().st_size == 0:
-            raise AudioError("the file is empty (0 bytes)")
+        try:
+            if not source.is_file():
+                raise AudioError("the file does not exist")
+            if source.stat().st_size == 0:
+                raise AudioError("the file is empty (0 bytes)")
+        except PermissionError as error:  # any other may pass: the step is tried again
+            raise AudioError("the file can't be read: permission denied") from error
     elif not source:
         raise AudioError("the audio is empty (0 bytes)")
     try:

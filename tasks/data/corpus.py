@@ -13,6 +13,7 @@ Layouts, found by looking (`layout="auto"`) or stated:
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,10 @@ from goldcrest.tasks.data.audio import AUDIO_SUFFIXES
 Layout = Literal["auto", "metadata", "speaker_folders", "bare"]
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 MAX_METADATA_LINE = 1 << 20  # characters: a longer line is not a row of metadata
+# Errors of a file's name or its permissions: trying again would not mend them.
+_HOPELESS = {
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EINVAL, errno.EILSEQ)
+}
 DATASETS_PREFIX = "datasets://"
 DATASETS_FILES = ("state.json", "dataset_dict.json")  # what `save_to_disk` leaves
 
@@ -100,14 +105,17 @@ def manifest_folders(paths: tuple[str, ...]) -> tuple[str, ...]:
 
 def as_text(name: str) -> str:
     """A file name as text that UTF-8 can hold: bytes that are not UTF-8 become `\\xNN`."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    try:
+        return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can name: no file's name
+        return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _refuse_doubles(recordings: list[Recording]) -> None:
     """One file in two corpora would be in training and in evaluation."""
     seen: dict[Path, str] = {}
     for recording in recordings:
-        if recording.data is None:
+        if recording.data is None and recording.problem is None:
             first = seen.setdefault(recording.path.resolve(), recording.id)
             if first != recording.id:
                 raise InputError(
@@ -172,10 +180,18 @@ def _read_folder(root: Path, corpus: str, *, labelled: bool) -> Iterator[Recordi
 def _visible_files(root: Path) -> list[Path]:
     """Files below `root` in a fixed order; links are followed, hidden names left out."""
     found = []
-    for folder, folders, files in os.walk(root, followlinks=True):
+    for folder, folders, files in os.walk(root, onerror=_refuse, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(folder, name) for name in files if not name.startswith(".")]
     return sorted(found)
+
+
+def _refuse(error: OSError) -> None:
+    """A folder of a speaker that can't be listed must not be left out in silence."""
+    raise InputError(
+        f"the folder {error.filename} can't be read: {error.strerror}",
+        hint="make it readable, or take it away",
+    ) from error
 
 
 def _read_metadata(manifest: Path, corpus: str) -> Iterator[Recording]:
@@ -187,22 +203,39 @@ def _read_metadata(manifest: Path, corpus: str) -> Iterator[Recording]:
             raise InputError(f"{place}: no 'file_name'", hint="every row names its audio file")
         if Path(file_name).suffix.lower() not in AUDIO_SUFFIXES:
             continue  # packs may list images or texts beside the audio
-        path = (root / file_name).resolve()
-        if not path.is_relative_to(root):
+        path, problem = _named_file(root, file_name, place)
+        if path is not None and not path.is_relative_to(root):
             raise InputError(f"{place}: '{file_name}' lies outside {root}")
         if file_name in seen:
             raise InputError(f"{place}: '{file_name}' is listed twice")
         seen.add(file_name)
         yield Recording(
-            id=f"{corpus}/{file_name}",
+            id=f"{corpus}/{as_text(file_name)}",
             corpus=corpus,
-            path=path,
+            path=path or manifest,
             speaker=_text(row, "speaker", place),
             sex=_text(row, "sex", place),
             text=_text(row, "text", place),
             kind=_text(row, "kind", place),
-            problem=None if path.is_file() else f"named in {place} but the file is absent",
+            problem=problem,
         )
+
+
+def _named_file(root: Path, name: str, place: str) -> tuple[Path | None, str | None]:
+    """The file that a row names, links followed, and why it can't be used (None: it can).
+
+    Among millions of rows one that no file can be called by is that row's problem.
+    """
+    try:
+        path = (root / name).resolve()
+        absent = not path.is_file()
+    except OSError as error:
+        if error.errno not in _HOPELESS:
+            raise
+        return None, f"named in {place} but can't be opened: {error.strerror}"
+    except (ValueError, RuntimeError) as error:  # NUL, half a surrogate pair; links in a circle
+        return None, f"named in {place} but no file can be called so: {error}"
+    return path, f"named in {place} but the file is absent" if absent else None
 
 
 def _text(row: Mapping[str, Any], field: str, place: str) -> str | None:
@@ -210,7 +243,10 @@ def _text(row: Mapping[str, Any], field: str, place: str) -> str | None:
     if value is None or value == "":
         return None
     if isinstance(value, str | int) and not isinstance(value, bool):
-        return str(value)
+        text = str(value)
+        if text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text):
+            return text
+        raise InputError(f"{place}: field '{field}' holds half a surrogate pair: not UTF-8 text")
     raise InputError(f"{place}: field '{field}' is {type(value).__name__}, text was expected")
 
 
@@ -253,7 +289,7 @@ def _jsonl_rows(manifest: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 continue
             try:
                 row = json.loads(line.decode("utf-8"))
-            except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # also numbers of 5000 digits
                 raise InputError(f"{place}: not a line of UTF-8 JSON: {error}") from error
             if not isinstance(row, dict):
                 raise InputError(f"{place}: a JSON object was expected")

@@ -159,6 +159,8 @@ def _chunks(recordings: Sequence[Recording], splits: Sequence[Split]) -> Iterato
 
 
 def _encoded_bytes(recording: Recording) -> int:
+    if recording.problem is not None:
+        return 0
     if recording.data is not None:
         return len(recording.data)
     return recording.path.stat().st_size if recording.path.is_file() else 0

@@ -18,7 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, Field, ValidationError
 
+from goldcrest.cluster import keys
 from goldcrest.cluster.api import Config, DoesNotChangeResult, InputError, InputFiles
+from goldcrest.cluster.artifact import sha256_file
 from goldcrest.cluster.keys import Fingerprints, canonical_config, digest, step_key
 from goldcrest.cluster.markers import relative_to
 
@@ -232,6 +234,44 @@ def test_missing_and_empty_input_is_named(tmp_path: Path, fingerprints: Fingerpr
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"several\[0\]: the folder .* holds no files"):
         canonical_config(Corpora(several=(str(tmp_path / "empty"),)), fingerprints)
+
+
+def test_files_that_cannot_be_read_are_named(
+    tmp_path: Path, fingerprints: Fingerprints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Simulated: root, who may run the tests, reads everything."""
+    closed = write(tmp_path / "pack" / "b.wav", "sound")
+    write(tmp_path / "pack" / "a.wav", "sound")
+
+    def refuse(path: Path) -> str:
+        if path == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return sha256_file(path)
+
+    monkeypatch.setattr(keys, "sha256_file", refuse)
+    with pytest.raises(InputError, match=r"corpus: .*/pack/b\.wav can't be read: Permission"):
+        canonical_config(Corpora(corpus=str(tmp_path / "pack")), fingerprints)
+    with pytest.raises(InputError, match="File name too long"):
+        canonical_config(Corpora(corpus="x" * 300), fingerprints)
+    with pytest.raises(InputError, match="can't be the name of a file"):
+        fingerprints.of("a\0b")
+
+
+def test_a_folder_that_cannot_be_listed_is_not_left_out(
+    tmp_path: Path, fingerprints: Fingerprints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "pack" / "anna" / "a.wav", "sound")
+    write(tmp_path / "pack" / "bob" / "a.wav", "sound")
+    plain = os.scandir
+
+    def refuse(path: Any = ".") -> Any:
+        if str(path).endswith("bob"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return plain(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(InputError, match=r"corpus: .*/pack/bob can't be read: Permission denied"):
+        canonical_config(Corpora(corpus=str(tmp_path / "pack")), fingerprints)
 
 
 def settle(*paths: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import soundfile
@@ -124,6 +127,8 @@ def test_two_corpora_of_one_name_stay_apart(tmp_path: Path) -> None:
         ({"file_name": "/etc/passwd.wav"}, "lies outside"),
         ({"file_name": "a.wav", "speaker": ["s"]}, "field 'speaker' is list"),
         ("[" * 100_000, "not a line of UTF-8 JSON"),
+        ('{"file_name": ' + "9" * 5_000 + "}", "not a line of UTF-8 JSON"),
+        ({"file_name": "a.wav", "speaker": "\ud800"}, "field 'speaker' holds half a surrogate"),
     ],
 )
 def test_wrong_metadata_names_file_and_line(tmp_path: Path, row: object, words: str) -> None:
@@ -195,6 +200,77 @@ def test_any_bytes_as_metadata_raise_nothing_but_input_errors(tmp_path_factory, 
         assert all(r.corpus == "fuzz" for r in read_corpus(str(root), "fuzz"))
     except InputError as error:
         assert "metadata.jsonl" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("a\0.wav", "no file can be called so: embedded null byte"),
+        ("\ud800.wav", "no file can be called so"),
+        ("x" * 300 + ".wav", "can't be opened: File name too long"),
+        ("loop.wav", "no file can be called so|can't be opened"),
+    ],
+)
+def test_a_name_that_no_file_can_have_is_that_rows_problem(
+    tmp_path: Path, name: str, words: str
+) -> None:
+    root = touch(metadata(tmp_path / "n", {"file_name": "a.wav"}, {"file_name": name}), "a.wav")
+    (root / "loop.wav").symlink_to("loop.wav")
+    fine, bad = read_corpora((str(root),))
+    assert fine.problem is None
+    assert re.search(rf"metadata\.jsonl:2 but ({words})", bad.problem or "")
+    assert bad.id.encode().startswith(b"n/")
+
+
+def test_a_folder_that_is_closed_is_not_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Simulated: root, who may run the tests, reads everything."""
+    root = touch(tmp_path / "pack", "anna/1.wav", "bob/1.wav")
+    _close(monkeypatch, "scandir", "bob")
+    with pytest.raises(InputError, match="pack/bob can't be read: Permission denied"):
+        read_corpora((str(root),))
+
+
+def test_a_file_in_a_closed_folder_is_that_rows_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = touch(metadata(tmp_path / "m", {"file_name": "in/a.wav"}), "in/a.wav")
+    _close(monkeypatch, "stat", "a.wav")
+    (found,) = read_corpora((str(root),))
+    assert "metadata.jsonl:1 but can't be opened: Permission denied" in (found.problem or "")
+
+
+def _close(monkeypatch: pytest.MonkeyPatch, call: str, name: str) -> None:
+    """Make `os.<call>` refuse paths that end in `name`."""
+    plain = getattr(os, call)
+
+    def closed(path: Any = ".", *arguments: Any, **named: Any) -> Any:
+        if not isinstance(path, int) and os.fspath(path).endswith(name):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(path))
+        return plain(path, *arguments, **named)
+
+    monkeypatch.setattr(os, call, closed)
+
+
+_NAMES = st.text(st.characters(), max_size=20) | st.sampled_from(["../a", "a/../", "x" * 300, "~"])
+
+
+@settings(deadline=None, max_examples=150)
+@given(name=_NAMES, speaker=st.none() | st.integers() | st.text(st.characters(), max_size=5))
+def test_any_name_in_metadata_is_read_refused_or_that_rows_problem(
+    tmp_path_factory: pytest.TempPathFactory, name: str, speaker: object
+) -> None:
+    root = tmp_path_factory.mktemp("names")
+    metadata(root, {"file_name": f"{name}a.wav", "speaker": speaker})
+    try:
+        (found,) = read_corpora((str(root),))
+    except InputError as error:
+        assert "metadata.jsonl:1" in str(error)
+        return
+    assert found.problem is not None  # the folder holds no audio
+    for text in (found.id, found.problem, found.speaker or "", str(found.path)):
+        text.encode("utf-8")  # goes into Parquet
 
 
 def test_names_of_corpora() -> None:
