@@ -17,7 +17,7 @@ import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,24 +35,50 @@ DATASETS_PREFIX = "datasets://"
 DATASETS_FILES = ("state.json", "dataset_dict.json")  # what `save_to_disk` leaves
 
 
+@dataclass(frozen=True, eq=False)
+class StoredAudio:
+    """Encoded audio in a row of a table on disk, read when it is asked for: the audio of a corpus
+    need not fit into memory. `size` in bytes."""
+
+    table: Any
+    row: int
+    size: int
+
+    def read(self) -> bytes:
+        """The encoded audio."""
+        data: bytes = self.table[self.row]["audio"]["bytes"]
+        return data
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recording:
     """One audio file of a corpus and what is known about it (None: not known).
 
     `id` is unique over all corpora of a run. The audio is at `path`, or, for corpora that carry
-    audio inside their tables, in `data`. `kind` tells noises ("noise") and room impulse responses
-    ("rir") in packs of both. `problem` says why the recording can't be used.
+    audio inside their tables, in `data` (there, or loaded by `in_memory`). `kind` tells noises
+    ("noise") and room impulse responses ("rir") in packs of both. `problem` says why the recording
+    can't be used.
     """
 
     id: str
     corpus: str
     path: Path
-    data: bytes | None = None
+    data: StoredAudio | bytes | None = None
     speaker: str | None = None
     sex: str | None = None
     text: str | None = None
     kind: str | None = None
     problem: str | None = None
+
+    def in_memory(self) -> Recording:
+        """The recording with the audio that lies in a table: what another process can open."""
+        return replace(self, data=self.data.read()) if isinstance(self.data, StoredAudio) else self
+
+    def source(self) -> Path | bytes:
+        """What to decode: the file, or the audio itself."""
+        if self.data is None:
+            return self.path
+        return self.data if isinstance(self.data, bytes) else self.data.read()
 
 
 def read_corpora(
@@ -297,7 +323,7 @@ def _jsonl_rows(manifest: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _read_datasets(reference: str, corpus: str) -> Iterator[Recording]:
-    """A dataset on the hub or saved on disk; audio stays encoded until it is needed."""
+    """A dataset on the hub or saved on disk; audio stays there, encoded, until it is needed."""
     import datasets
 
     name, _, split = reference.partition(":")
@@ -313,14 +339,19 @@ def _read_datasets(reference: str, corpus: str) -> Iterator[Recording]:
         raise InputError(f"dataset {reference} has no 'audio' column: {table.column_names}")
     if isinstance(table.features["audio"], datasets.Audio):
         table = table.cast_column("audio", datasets.Audio(decode=False))
+    only_audio = table.select_columns("audio")
     for number, row in enumerate(table):
         audio, place = row["audio"], f"{reference} row {number}"
+        if not isinstance(audio, dict):
+            kind = type(audio).__name__
+            raise InputError(f"dataset {place}: 'audio' is {kind}, not a path or encoded bytes")
+        data = audio.get("bytes")
         speaker = row.get("speaker", row.get("speaker_id"))
         yield Recording(
             id=f"{corpus}/{number:08d}",
             corpus=corpus,
             path=Path(audio.get("path") or f"{number:08d}"),
-            data=audio.get("bytes"),
+            data=None if data is None else StoredAudio(only_audio, number, len(data)),
             speaker=None if speaker is None else str(speaker),
             sex=_text(row, "sex", place),
             text=_text(row, "text", place),

@@ -103,7 +103,7 @@ def load_noise_bank(cfg: AugmentConfig, voices: Sequence[tuple[str, np.ndarray]]
             left_out += 1
             continue
         is_room = recording.kind == "rir" or "rir" in recording.path.parts
-        source = recording.path if recording.data is None else recording.data
+        source = recording.source()
         try:
             audio.read_header(source, _LIMITS)
         except audio.AudioError:

@@ -38,6 +38,7 @@ from goldcrest.tasks.methods import SettingsOf, settings_of
 Split = Literal["train", "eval"]
 _CHUNK_BYTES = 16 << 20  # encoded audio handed to one worker at a time
 _CHUNK_FILES = 256
+_CHUNK_SECONDS = 1800.0  # of decoded audio, 58 MB: what one worker gives back at once
 _FRONTEND = "goldcrest.kernels.frontend"
 
 FACTS = pa.schema(
@@ -118,18 +119,18 @@ class _Job:
 @task(cpus=0, retry_on=(OSError,), timeout="12h")
 def prepare(cfg: PrepareConfig, out: Output) -> None:
     """Read, check, resample, cut and split the corpora (see the module docstring)."""
-    jobs = _embedded_jobs(cfg, out.seed) if not cfg.paths else _corpus_jobs(cfg, out.seed)
+    jobs, expected = (_corpus_jobs if cfg.paths else _embedded_jobs)(cfg, out.seed)
     work = functools.partial(_run_job, cfg=cfg, seed=out.seed)
     facts: list[pa.Table] = []
     quarantined: list[dict[str, str]] = []
     total = 0
     with out.shards("utterances") as shards:
-        for number, (rows, bad, recordings) in enumerate(out.runtime.map(work, jobs, note="read")):
+        for rows, bad, recordings in out.runtime.map(work, jobs, note="read"):
             shards.write(rows)
             facts.append(rows.select(FACTS.names))
             quarantined.extend(bad)
             total += recordings
-            out.progress((number + 1) / len(jobs), f"{total} recordings, {len(quarantined)} bad")
+            out.progress(total / expected, f"{total} recordings, {len(quarantined)} bad")
     table = pa.concat_tables(facts)
     _check_shares(table, quarantined, total, cfg)
     out.table("facts", table)
@@ -137,33 +138,51 @@ def prepare(cfg: PrepareConfig, out: Output) -> None:
     _report(table, len(quarantined), out)
 
 
-def _corpus_jobs(cfg: PrepareConfig, seed: int) -> list[_Job]:
+def _corpus_jobs(cfg: PrepareConfig, seed: int) -> tuple[Iterator[_Job], int]:
+    """The jobs, made one after the other as they are taken, and the number of recordings."""
     recordings = read_corpora((*cfg.paths, *cfg.eval_paths), cfg.layout, cfg.names)
     if cfg.eval_paths:
         training = set(cfg.names[: len(cfg.paths)])
         splits: list[Split] = ["train" if r.corpus in training else "eval" for r in recordings]
     else:
         splits = hold_out_speakers(recordings, cfg.eval_share, seed)
-    return list(_chunks(recordings, splits))
+    return _chunks(recordings, splits), len(recordings)
 
 
 def _chunks(recordings: Sequence[Recording], splits: Sequence[Split]) -> Iterator[_Job]:
-    start, size = 0, 0
-    for place, recording in enumerate(recordings):
+    """Jobs of bounded size, encoded and decoded; audio in tables is read as they are taken."""
+    chosen: list[Recording] = []
+    size, seconds = 0, 0.0
+    for place, stored in enumerate(recordings, 1):
+        recording = stored.in_memory()
+        chosen.append(recording)
         size += _encoded_bytes(recording)
-        if size >= _CHUNK_BYTES or place + 1 - start >= _CHUNK_FILES:
-            yield _Job(recordings[start : place + 1], splits[start : place + 1])
-            start, size = place + 1, 0
-    if start < len(recordings):
-        yield _Job(recordings[start:], splits[start:])
+        seconds += _header_seconds(recording)
+        full = size >= _CHUNK_BYTES or len(chosen) >= _CHUNK_FILES or seconds >= _CHUNK_SECONDS
+        if full or place == len(recordings):
+            yield _Job(chosen, splits[place - len(chosen) : place])
+            chosen, size, seconds = [], 0, 0.0
 
 
 def _encoded_bytes(recording: Recording) -> int:
     if recording.problem is not None:
         return 0
-    if recording.data is not None:
+    if isinstance(recording.data, bytes):
         return len(recording.data)
-    return recording.path.stat().st_size if recording.path.is_file() else 0
+    try:
+        return recording.path.stat().st_size
+    except OSError:
+        return 0  # the worker says why
+
+
+def _header_seconds(recording: Recording) -> float:
+    """What a recording will be when it is decoded: a few bytes may hold hours."""
+    if recording.problem is not None:
+        return 0.0
+    try:
+        return audio.read_header(recording.source()).seconds
+    except audio.AudioError:
+        return 0.0  # the worker says why
 
 
 def hold_out_speakers(recordings: Sequence[Recording], share: float, seed: int) -> list[Split]:
@@ -204,7 +223,7 @@ def _draw_in_pairs(sex_of: dict[str, str], count: int, rng: np.random.Generator)
     return chosen
 
 
-def _embedded_jobs(cfg: PrepareConfig, seed: int) -> list[_Job]:
+def _embedded_jobs(cfg: PrepareConfig, seed: int) -> tuple[Iterator[_Job], int]:
     if cfg.eval_paths:
         raise InputError("--eval-corpus without --corpus: the embedded corpus brings its own")
     voices = synthetic.make_voices(cfg.embedded.speakers, seed)
@@ -213,9 +232,9 @@ def _embedded_jobs(cfg: PrepareConfig, seed: int) -> list[_Job]:
         for v in voices
     ]
     splits = hold_out_speakers(as_recordings, cfg.eval_share, seed)
-    return [
-        _Job(voices=voices[i : i + 8], splits=splits[i : i + 8]) for i in range(0, len(voices), 8)
-    ]
+    starts = range(0, len(voices), 8)
+    jobs = (_Job(voices=voices[i : i + 8], splits=splits[i : i + 8]) for i in starts)
+    return jobs, len(voices) * cfg.embedded.utterances
 
 
 def _run_job(
@@ -238,8 +257,7 @@ def _decoded(
         try:
             if recording.problem is not None:
                 raise audio.AudioError(recording.problem)
-            source = recording.data if recording.data is not None else recording.path
-            yield recording, audio.decode(source, limits), split
+            yield recording, audio.decode(recording.source(), limits), split
         except audio.AudioError as error:
             bad.append(_quarantine_row(recording, str(error)))
     for voice, split in zip(job.voices, job.splits, strict=False):

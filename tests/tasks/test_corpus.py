@@ -182,8 +182,18 @@ def test_a_saved_dataset(tmp_path: Path) -> None:
     )
     table.save_to_disk(str(tmp_path / "saved"))
     (found,) = read_corpora((str(tmp_path / "saved"),))
-    assert found.data == sound.read_bytes()
     assert found.speaker == "ann"
+    assert found.source() == sound.read_bytes()
+    assert not isinstance(found.data, bytes)  # it stays in its table until it is asked for
+    assert found.in_memory().data == sound.read_bytes()
+
+
+def test_a_dataset_whose_audio_is_none_is_named(tmp_path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_dict({"audio": [7]}).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(InputError, match="saved row 0: 'audio' is int"):
+        read_corpora((str(tmp_path / "saved"),))
 
 
 def test_a_dataset_that_is_not_there(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from goldcrest.cluster.api import InputError, StepError
+from goldcrest.tasks.data import audio
 from goldcrest.tasks.data.audio import from_pcm16
-from goldcrest.tasks.data.corpus import Recording
+from goldcrest.tasks.data.corpus import Recording, StoredAudio, read_corpora
+from goldcrest.tasks.speaker import prepare as prepare_step
 from goldcrest.tasks.speaker.prepare import PrepareConfig, hold_out_speakers, prepare
 
 
@@ -70,6 +74,59 @@ def test_too_many_bad_files_stop_the_step(run_task, speech_folder: Path) -> None
         path.write_text("not audio")
     with pytest.raises(StepError, match="6 of 12 recordings can't be used"):
         run_task(prepare, PrepareConfig(paths=(str(speech_folder),)))
+
+
+def test_jobs_are_bounded_by_what_their_files_decode_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compressed silence with a click: few bytes, many seconds."""
+    samples = np.zeros(16_000 * 30, np.int16)
+    samples[0] = 20_000
+    for number in range(6):
+        soundfile.write(tmp_path / f"{number}.flac", samples, 16_000)
+    (tmp_path / "no.flac").write_bytes(b"fLaC")
+    recordings = read_corpora((str(tmp_path),))
+    assert sum((tmp_path / r.path).stat().st_size for r in recordings) < 100_000
+    (job,) = prepare_step._chunks(recordings, ["train"] * 7)
+    assert len(job.recordings) == 7
+    monkeypatch.setattr(prepare_step, "_CHUNK_SECONDS", 60.0)
+    jobs = list(prepare_step._chunks(recordings, list("abcdefg")))  # type: ignore[arg-type]
+    assert [len(job.recordings) for job in jobs] == [2, 2, 2, 1]
+    assert [list(job.splits) for job in jobs] == [["a", "b"], ["c", "d"], ["e", "f"], ["g"]]
+
+
+def test_audio_in_tables_is_read_job_by_job(
+    tmp_path: Path, speech_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    paths = sorted(speech_folder.rglob("*.wav"))
+    rows = [{"bytes": path.read_bytes(), "path": path.name} for path in paths]
+    datasets.Dataset.from_dict({"audio": rows}).save_to_disk(str(tmp_path / "saved"))
+    recordings = read_corpora((str(tmp_path / "saved"),))
+    read: list[int] = []
+    plain = StoredAudio.read
+    monkeypatch.setattr(StoredAudio, "read", lambda self: read.append(self.row) or plain(self))
+    monkeypatch.setattr(prepare_step, "_CHUNK_FILES", 5)
+    jobs = prepare_step._chunks(recordings, ["train"] * 12)
+    first = next(jobs)
+    assert read == [0, 1, 2, 3, 4]
+    assert [r.data for r in first.recordings] == [row["bytes"] for row in rows[:5]]
+    assert [len(job.recordings) for job in jobs] == [5, 2]
+    pickle.dumps(first)  # it travels to a worker
+
+
+def test_a_file_that_needs_too_much_memory_is_quarantined(
+    run_task, speech_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = speech_folder / "speaker0" / "wide.flac"
+    soundfile.write(wide, np.full((4_000, 8), 1_000, np.int16), 16_000)
+    plain = audio.AudioLimits
+    monkeypatch.setattr(audio, "AudioLimits", functools.partial(plain, max_samples=31_999))
+    made = run_task(prepare, PrepareConfig(paths=(str(speech_folder),)))
+    (row,) = made.table("quarantine").to_pylist()
+    assert row["id"] == "corpus/speaker0/wide.flac"
+    assert row["reason"].startswith("4000 samples in 8 channels; at most 31999")
 
 
 def test_evaluation_corpora_never_train(run_task, speech_folder: Path, tmp_path: Path) -> None:
