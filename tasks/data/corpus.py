@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import csv
 import errno
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -87,8 +88,10 @@ def read_corpora(
     """The recordings of all corpora in `paths`, in a fixed order, with unique ids.
 
     `names` are the corpora's names, by default `corpus_names(paths)`. Raises InputError for a
-    missing or empty corpus, for metadata that can't be read, and for a file in two corpora.
+    missing or empty corpus, for metadata that can't be read, and for a file or a dataset that is
+    in two corpora.
     """
+    _refuse_equal_datasets(paths)
     recordings: list[Recording] = []
     for path, name in zip(paths, names or corpus_names(paths), strict=True):
         found = list(read_corpus(path, name, layout))
@@ -150,6 +153,64 @@ def _refuse_doubles(recordings: list[Recording]) -> None:
                 )
 
 
+def _refuse_equal_datasets(paths: tuple[str, ...]) -> None:
+    """A dataset has no files that could be compared, but it has one name, or one folder."""
+    seen: dict[tuple[str, str], str] = {}
+    for path in paths:
+        if (dataset := _dataset_of(path)) is not None:
+            if dataset in seen:
+                raise InputError(
+                    f"the dataset {path} is in two corpora (it is also given as {seen[dataset]})",
+                    hint="give every dataset once, or different splits of it",
+                )
+            seen[dataset] = path
+
+
+def _dataset_of(path: str) -> tuple[str, str] | None:
+    """Folder (links followed) or name on the hub, and split, of a corpus that is a dataset."""
+    reference = path.removeprefix(DATASETS_PREFIX)
+    name, _, split = reference.partition(":") if reference != path else (path, "", "")
+    root = Path(name)
+    if _is_saved_dataset(root):
+        # What was saved as one table has no splits.
+        return str(root.resolve()), split or "train" if (root / DATASETS_FILES[1]).is_file() else ""
+    return (name, split or "train") if reference != path else None
+
+
+def _is_saved_dataset(root: Path) -> bool:
+    return any((root / name).is_file() for name in DATASETS_FILES)
+
+
+def refuse_shared_audio(training: Iterable[Recording], evaluation: Iterable[Recording]) -> None:
+    """InputError for a recording in a table to train on that is in one to evaluate on as well.
+
+    Only what has the size of another is read; for files see `read_corpora`.
+    """
+    tested: dict[int, list[Recording]] = {}
+    for recording in evaluation:
+        if isinstance(recording.data, StoredAudio):
+            tested.setdefault(recording.data.size, []).append(recording)
+    digests: dict[int, dict[bytes, str]] = {}
+    for recording in training:
+        if not isinstance(recording.data, StoredAudio) or recording.data.size not in tested:
+            continue
+        size = recording.data.size
+        if size not in digests:
+            digests[size] = {_sha256(other): other.id for other in tested[size]}
+        same = digests[size].get(_sha256(recording))
+        if same is not None:
+            raise InputError(
+                f"{recording.id} would be trained on, but {same} is the same recording",
+                hint="take it out of the corpora for training or of those for evaluation",
+            )
+
+
+def _sha256(recording: Recording) -> bytes:
+    source = recording.source()
+    assert isinstance(source, bytes)
+    return hashlib.sha256(source).digest()
+
+
 def read_corpus(path: str, name: str, layout: Layout = "auto") -> Iterator[Recording]:
     """The recordings of one corpus (see the module docstring for layouts)."""
     if path.startswith(DATASETS_PREFIX):
@@ -158,7 +219,7 @@ def read_corpus(path: str, name: str, layout: Layout = "auto") -> Iterator[Recor
     root = Path(path).expanduser()
     if root.is_file():
         yield from _read_metadata(root, name)
-    elif any((root / name).is_file() for name in DATASETS_FILES):
+    elif _is_saved_dataset(root):
         yield from _read_datasets(str(root), name)
     elif root.is_dir():
         layout = _detect(root) if layout == "auto" else layout
@@ -328,7 +389,7 @@ def _read_datasets(reference: str, corpus: str) -> Iterator[Recording]:
 
     name, _, split = reference.partition(":")
     try:
-        if any((Path(name) / file).is_file() for file in DATASETS_FILES):
+        if _is_saved_dataset(Path(name)):
             loaded = datasets.load_from_disk(name)
             table = loaded[split or "train"] if isinstance(loaded, datasets.DatasetDict) else loaded
         else:

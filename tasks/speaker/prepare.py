@@ -32,6 +32,7 @@ from goldcrest.tasks.data.corpus import (
     corpus_names,
     manifest_folders,
     read_corpora,
+    refuse_shared_audio,
 )
 from goldcrest.tasks.methods import SettingsOf, settings_of
 
@@ -144,9 +145,16 @@ def _corpus_jobs(cfg: PrepareConfig, seed: int) -> tuple[Iterator[_Job], int]:
     if cfg.eval_paths:
         training = set(cfg.names[: len(cfg.paths)])
         splits: list[Split] = ["train" if r.corpus in training else "eval" for r in recordings]
+        refuse_shared_audio(_of(recordings, splits, "train"), _of(recordings, splits, "eval"))
     else:
         splits = hold_out_speakers(recordings, cfg.eval_share, seed)
     return _chunks(recordings, splits), len(recordings)
+
+
+def _of(
+    recordings: Sequence[Recording], splits: Sequence[Split], split: Split
+) -> Iterator[Recording]:
+    return (r for r, side in zip(recordings, splits, strict=True) if side == split)
 
 
 def _chunks(recordings: Sequence[Recording], splits: Sequence[Split]) -> Iterator[_Job]:

@@ -15,7 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from goldcrest.cluster.api import InputError
-from goldcrest.tasks.data.corpus import corpus_name, read_corpora, read_corpus
+from goldcrest.tasks.data.corpus import (
+    corpus_name,
+    read_corpora,
+    read_corpus,
+    refuse_shared_audio,
+)
 
 
 def touch(root: Path, *names: str) -> Path:
@@ -186,6 +191,60 @@ def test_a_saved_dataset(tmp_path: Path) -> None:
     assert found.source() == sound.read_bytes()
     assert not isinstance(found.data, bytes)  # it stays in its table until it is asked for
     assert found.in_memory().data == sound.read_bytes()
+
+
+def saved_dataset(folder: Path, *contents: bytes) -> str:
+    import datasets
+
+    rows = [{"bytes": data, "path": f"{number}.wav"} for number, data in enumerate(contents)]
+    datasets.Dataset.from_dict({"audio": rows}).save_to_disk(str(folder))
+    return str(folder)
+
+
+@pytest.mark.parametrize("other", ["same", "link", "prefixed", "a split of what has none"])
+def test_a_saved_dataset_in_two_corpora_is_refused(tmp_path: Path, other: str) -> None:
+    saved = saved_dataset(tmp_path / "saved", b"RIFF")
+    (tmp_path / "link").symlink_to(saved)
+    second = {
+        "same": saved,
+        "link": str(tmp_path / "link"),
+        "prefixed": f"datasets://{saved}",
+        "a split of what has none": f"datasets://{saved}:test",
+    }[other]
+    with pytest.raises(InputError, match="in two corpora") as error:
+        read_corpora((saved, second))
+    assert f"also given as {saved}" in error.value.message
+
+
+def test_a_dataset_of_the_hub_in_two_corpora_is_refused() -> None:
+    with pytest.raises(InputError, match="org/x:train is in two corpora"):
+        read_corpora(("datasets://org/x", "datasets://org/x:train"))
+    with pytest.raises(InputError, match="can't be loaded"):  # another split is another corpus
+        read_corpora(("datasets://no/x:test", "datasets://no/x"))
+
+
+def test_two_splits_of_a_saved_dataset_are_two_corpora(tmp_path: Path) -> None:
+    import datasets
+
+    def split(data: bytes) -> Any:
+        return datasets.Dataset.from_dict({"audio": [{"bytes": data, "path": "a.wav"}]})
+
+    splits = {"train": split(b"RIFF1"), "test": split(b"RIFF2")}
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "saved"))
+    saved = str(tmp_path / "saved")
+    found = read_corpora((saved, f"datasets://{saved}:test"))
+    assert [r.source() for r in found] == [b"RIFF1", b"RIFF2"]
+    with pytest.raises(InputError, match="in two corpora"):
+        read_corpora((saved, f"datasets://{saved}:train"))
+
+
+def test_one_recording_in_two_datasets_is_found_by_its_content(tmp_path: Path) -> None:
+    train = read_corpora((saved_dataset(tmp_path / "a", b"RIFF1", b"RIFF2", b"RIFF345"),))
+    same = read_corpora((saved_dataset(tmp_path / "b", b"other", b"RIFF2"),))
+    with pytest.raises(InputError, match="a/00000001 would be trained on, but b/00000001 is"):
+        refuse_shared_audio(train, same)
+    refuse_shared_audio(train, read_corpora((saved_dataset(tmp_path / "c", b"RIFF6"),)))
+    refuse_shared_audio(train, [])
 
 
 def test_a_dataset_whose_audio_is_none_is_named(tmp_path: Path) -> None:

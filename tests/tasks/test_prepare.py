@@ -143,6 +143,20 @@ def test_one_folder_for_both_is_refused(run_task, speech_folder: Path) -> None:
         run_task(prepare, PrepareConfig(paths=(path,), eval_paths=(f"{path}/",)))
 
 
+def test_a_recording_of_a_dataset_is_not_in_training_and_evaluation(
+    run_task, speech_folder: Path, tmp_path: Path
+) -> None:
+    import datasets
+
+    for name in ("one", "two"):
+        paths = sorted(speech_folder.glob(f"speaker*/take[{'01' if name == 'one' else '12'}].wav"))
+        rows = [{"bytes": path.read_bytes(), "path": path.name} for path in paths]
+        datasets.Dataset.from_dict({"audio": rows}).save_to_disk(str(tmp_path / name))
+    cfg = PrepareConfig(paths=(str(tmp_path / "one"),), eval_paths=(str(tmp_path / "two"),))
+    with pytest.raises(InputError, match=r"one/\d+ would be trained on, but two/\d+ is the same"):
+        run_task(prepare, cfg)
+
+
 def test_the_names_of_corpora_are_part_of_the_config(tmp_path: Path) -> None:
     """They are part of every id, so they must be part of the key."""
     cfg = PrepareConfig(paths=("/data/one", "/other/one"), eval_paths=("/data/two",))
