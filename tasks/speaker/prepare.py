@@ -73,7 +73,9 @@ class PrepareConfig(Config):
         description="corpora: folders, manifests or datasets://NAME; none: the embedded one",
     )
     eval_paths: Annotated[tuple[str, ...], InputFiles] = Field(
-        (), description="corpora for evaluation only; none: speakers held out of `paths`"
+        (),
+        description="corpora for evaluation only; none: speakers held out of `paths`; names of "
+        "speakers that are in `paths` too are noted in the metrics: they may be the same people",
     )
     names: tuple[str, ...] = Field(
         (), description="names of the corpora in ids and results; none: those of their folders"
@@ -88,7 +90,11 @@ class PrepareConfig(Config):
     )
     min_seconds: float = Field(0.15, gt=0, description="shorter recordings are quarantined (s)")
     eval_share: float = Field(
-        0.3, ge=0, lt=1, description="share of each corpus's labelled speakers held out"
+        0.3,
+        ge=0,
+        lt=1,
+        description="share of each corpus's labelled speakers held out; a name that is in several "
+        "corpora is on one side in all of them",
     )
     vad: Annotated[dict[str, Any], SettingsOf(f"{_FRONTEND}.vad", "VadSettings")] = Field(
         {}, description="energy voice activity detection; no speech at all: quarantined"
@@ -198,22 +204,46 @@ def hold_out_speakers(recordings: Sequence[Recording], share: float, seed: int) 
 
     Each corpus keeps at least two speakers on either side (one can make no non-target trial), so a
     corpus of fewer than four labelled speakers trains as a whole; the unlabelled always train.
+
+    A name is on one side in all corpora, for it may be one person: the first corpus that draws it
+    decides. That comes before the two rules above; what it takes from a later corpus's share is
+    made up for among the names that are in no corpus before.
     """
     speakers: dict[str, dict[str, str]] = {}
     for recording in recordings:
         if recording.speaker is not None:
             of_corpus = speakers.setdefault(recording.corpus, {})
             of_corpus[recording.speaker] = recording.sex or of_corpus.get(recording.speaker, "")
-    held: set[tuple[str, str]] = set()
+    held: set[str] = set()
+    settled: set[str] = set()
     for corpus, sex_of in speakers.items():
         if len(sex_of) >= 4 and share > 0:
             rng = np.random.default_rng([seed, 3, *corpus.encode()])
             count = min(max(round(share * len(sex_of)), 2), len(sex_of) - 2)
-            held.update((corpus, name) for name in _draw_in_pairs(sex_of, count, rng))
-    return [
-        "eval" if r.speaker is not None and (r.corpus, r.speaker) in held else "train"
-        for r in recordings
-    ]
+            drawn = _draw_in_pairs(sex_of, count, rng)
+            held.update(_beside_the_settled(drawn, sex_of, held, settled, rng))
+            settled.update(sex_of)
+    return ["eval" if r.speaker in held else "train" for r in recordings]
+
+
+def _beside_the_settled(
+    drawn: list[str],
+    sex_of: dict[str, str],
+    held: set[str],
+    settled: set[str],
+    rng: np.random.Generator,
+) -> list[str]:
+    """A corpus's draw without the names that are `settled` (some of them `held`) by others.
+
+    Some more are drawn, or some fewer kept, where less than two speakers would be on a side.
+    """
+    chosen = [name for name in drawn if name not in settled]
+    already = sum(name in held for name in sex_of)
+    left = {n: sex for n, sex in sex_of.items() if n not in settled and n not in chosen}
+    missing = min(2 - already - len(chosen), len(left))
+    if missing > 0:
+        return chosen + _draw_in_pairs(left, missing, rng)
+    return chosen[: max(len(sex_of) - 2 - already, 0)]
 
 
 def _draw_in_pairs(sex_of: dict[str, str], count: int, rng: np.random.Generator) -> list[str]:
@@ -357,7 +387,24 @@ def _report(facts: pa.Table, quarantined: int, out: Output) -> None:
             "hours": round(float(np.sum(part.column("seconds").to_numpy())) / 3600, 4),
         }
     out.metrics(quarantined=quarantined, corpus=summary)
+    if shared := _on_both_sides(facts):
+        shown = ", ".join(shared[:5]) + (", ..." if len(shared) > 5 else "")
+        note = (
+            f"corpora for training and for evaluation have {len(shared)} speakers' names in "
+            f"common ({shown}): if they are the same people, they were trained on"
+        )
+        out.metrics(notes={"speakers_on_both_sides": note})
+        out.progress(1.0, note)
     out.figure("durations", _duration_figure(facts))
+
+
+def _on_both_sides(facts: pa.Table) -> list[str]:
+    """Names of speakers, without their corpus, in training and in evaluation."""
+    names: dict[str, set[str]] = {"train": set(), "eval": set()}
+    for row in facts.select(["speaker", "corpus", "split"]).to_pylist():
+        if row["speaker"] is not None:
+            names[row["split"]].add(row["speaker"].removeprefix(f"{row['corpus']}:"))
+    return sorted(names["train"] & names["eval"])
 
 
 def _duration_figure(facts: pa.Table) -> Any:

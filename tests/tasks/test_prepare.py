@@ -208,6 +208,79 @@ def test_held_out_speakers_can_make_trials_within_a_sex(seed: int) -> None:
     assert held[0] == held[1]
 
 
+def _speakers(**corpora: str) -> list[Recording]:
+    """`_speakers(a="xyz")`: corpus a with speakers x, y and z."""
+    return [
+        Recording(id=f"{corpus}/{name}", corpus=corpus, path=Path("x"), speaker=name)
+        for corpus, names in corpora.items()
+        for name in names
+    ]
+
+
+def _sides(recordings: list[Recording], seed: int, share: float = 0.3) -> dict[str, str]:
+    splits = hold_out_speakers(recordings, share, seed)
+    return {r.id: split for r, split in zip(recordings, splits, strict=True)}
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    corpora=st.lists(st.sets(st.sampled_from("abcdefghijkl"), min_size=1), min_size=1, max_size=4),
+    share=st.floats(0.01, 0.9),
+    seed=st.integers(0, 3),
+)
+def test_a_name_is_on_one_side_in_all_corpora(
+    corpora: list[set[str]], share: float, seed: int
+) -> None:
+    names = {f"corpus{n}": "".join(sorted(each)) for n, each in enumerate(corpora)}
+    sides = _sides(_speakers(**names), seed, share)
+    of_name: dict[str, set[str]] = {}
+    for place, side in sides.items():
+        of_name.setdefault(place.partition("/")[2], set()).add(side)
+    assert all(len(found) == 1 for found in of_name.values())
+    first = next((corpus for corpus, each in names.items() if len(each) >= 4), None)
+    if first is None:
+        assert set(sides.values()) == {"train"}
+    else:  # it is drawn as if it were alone
+        assert _sides(_speakers(**{first: names[first]}), seed, share).items() <= sides.items()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_names_of_one_corpus_are_drawn_as_ever(seed: int) -> None:
+    """Expected: the draw of each corpus alone, which results in stores were made with."""
+    together = _sides(_speakers(one="abcdef", two="ghijkl"), seed)
+    alone = _sides(_speakers(one="abcdef"), seed) | _sides(_speakers(two="ghijkl"), seed)
+    assert together == alone
+    shared = _sides(_speakers(one="abcdef", two="abghijklmn"), seed)
+    two = _sides(_speakers(two="abghijklmn"), seed)
+    own = [name for name in two if name[-1] not in "ab"]
+    # Ten names hold out three: with up to two decided by the other corpus there may be one more.
+    assert sum(shared[name] != two[name] for name in own) <= 1
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_later_corpus_keeps_two_speakers_on_either_side(seed: int) -> None:
+    """As far as its own names allow."""
+    sides = _sides(_speakers(one="abcdefgh", two="abcdxy", three="efgh", few="abc"), seed)
+    two = [side for place, side in sides.items() if place.startswith("two/")]
+    assert two.count("train") >= 2
+    assert two.count("eval") >= 2
+    assert {p: s for p, s in sides.items() if p.startswith("few/")} == {
+        f"few/{name}": sides[f"one/{name}"] for name in "abc"
+    }
+
+
+def test_names_on_both_sides_are_noted(run_task, speech_folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    for name in ("speaker1", "stranger"):
+        (other / name).mkdir(parents=True)
+        source = speech_folder / "speaker2" / "take0.wav"
+        (other / name / "take9.wav").write_bytes(source.read_bytes())
+    cfg = PrepareConfig(paths=(str(speech_folder),), eval_paths=(str(other),))
+    note = run_task(prepare, cfg).metrics["notes"]["speakers_on_both_sides"]
+    assert "have 1 speakers' names in common (speaker1)" in note
+    assert "notes" not in run_task(prepare, PrepareConfig(paths=(str(speech_folder),))).metrics
+
+
 def test_the_unlabelled_train() -> None:
     recordings = [Recording(id=str(n), corpus="c", path=Path("x")) for n in range(9)]
     assert set(hold_out_speakers(recordings, 0.3, 0)) == {"train"}
