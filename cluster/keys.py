@@ -153,15 +153,24 @@ class Fingerprints:
         """What the file or folder `name` holds, without its place.
 
         A name with a scheme, such as `hf://datasets/a/b`, is taken by name: it names a version of
-        its content, or the caller pins one. Raises InputError for a local name without files.
+        its content, or the caller pins one. Raises InputError for a local name without files, and
+        for one whose files can't be read.
         """
         text = str(name)
         if "://" in text and not text.startswith("file://"):
             return {"name": text}
         path = Path(unquote(urlparse(text).path)) if text.startswith("file://") else Path(text)
-        place = str(path.expanduser().resolve())
-        if place not in self._seen:
-            self._seen[place] = self._fingerprint(Path(place), text)
+        try:
+            place = str(path.expanduser().resolve())
+            if place not in self._seen:
+                self._seen[place] = self._fingerprint(Path(place), text)
+        except OSError as error:
+            raise InputError(
+                f"{error.filename or repr(text)} can't be read: {error.strerror or error}",
+                hint="its content is part of the key; make it readable, or take it away",
+            ) from error
+        except (ValueError, RuntimeError) as error:  # a NUL; links in a circle
+            raise InputError(f"{text!r} can't be the name of a file: {error}") from error
         return self._seen[place]
 
     def _fingerprint(self, root: Path, text: str) -> dict[str, Any]:
@@ -237,6 +246,10 @@ class Fingerprints:
 _TABLE = "CREATE TABLE IF NOT EXISTS file (path TEXT PRIMARY KEY, stamp TEXT, sha256 TEXT)"
 
 
+def _refuse(error: OSError) -> None:
+    raise error
+
+
 def _stamp(path: Path) -> str:
     """Changes whenever the file's content may have changed; nobody can set the inode's time."""
     facts = path.stat()
@@ -244,7 +257,8 @@ def _stamp(path: Path) -> str:
 
 
 def _visible_files(root: Path) -> Iterator[Path]:
-    for folder, folders, files in os.walk(root, followlinks=True):
+    # A folder that can't be listed is an error: a corpus without it would be another corpus.
+    for folder, folders, files in os.walk(root, onerror=_refuse, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
             path = Path(folder) / name

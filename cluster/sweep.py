@@ -226,6 +226,7 @@ class _Sweep:
             config_class=self.pipeline.Config,
             tree=self.tree,
             space=self.space,
+            folder=Path.cwd(),
             store_uri=self.store.uri,
             profile=self.profile,
             goal=goal,

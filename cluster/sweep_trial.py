@@ -31,6 +31,7 @@ from ray.tune import Trainable
 from goldcrest.cluster.config_file import Tree, flatten
 from goldcrest.cluster.errors import GoldcrestError
 from goldcrest.cluster.events import Event, RunResult, RunStarted, StepChanged, StepLog
+from goldcrest.cluster.markers import relative_to
 from goldcrest.cluster.profile import Profile
 from goldcrest.cluster.report import ReportWriter
 from goldcrest.cluster.run import run
@@ -103,6 +104,7 @@ class Job:
     config_class: Any
     tree: Tree
     space: Space
+    folder: Path  # where the sweep was started: relative names of files are relative to it
     store_uri: str
     profile: Profile
     goal: Goal
@@ -203,9 +205,10 @@ class _Trial:
 
     def _run(self) -> dict[str, Any]:
         job = self._job
-        config = job.space.configure(
-            job.config_class, job.tree, self._values, where=f"trial {self._number}"
-        )
+        with relative_to(job.folder):
+            config = job.space.configure(
+                job.config_class, job.tree, self._values, where=f"trial {self._number}"
+            )
         result = run(
             job.pipeline,
             config,

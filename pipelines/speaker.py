@@ -27,6 +27,7 @@ from goldcrest.tasks.speaker.embed import EmbedConfig, embed
 from goldcrest.tasks.speaker.evaluate import EvaluateConfig, evaluate
 from goldcrest.tasks.speaker.features import FeatureConfig, features
 from goldcrest.tasks.speaker.ivector import IvectorConfig, ivector
+from goldcrest.tasks.speaker.network import check_int8_skips, check_pruning_skips
 from goldcrest.tasks.speaker.prepare import PrepareConfig, prepare
 from goldcrest.tasks.speaker.pretrain import PretrainConfig, pretrain
 from goldcrest.tasks.speaker.publish import PublishConfig, publish
@@ -80,6 +81,20 @@ class Config(api.Config):
                     f"sparse.{name} is {sparse} but pretrain.{name} is {dense}: sparse fine-tuning "
                     "goes on with the dense network's classifier, so they must be the same"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _skipped_layers_exist(self) -> Self:
+        """Only the network can tell, and the steps that have one come hours later."""
+        skips = self.quantize.settings["skip_names"]
+        for field, check, names in (
+            ("sparse.skip", check_pruning_skips, self.sparse.skip),
+            ("quantize.settings.skip_names", check_int8_skips, skips),
+        ):
+            try:
+                check(self.pretrain.network, names)
+            except ValueError as error:
+                raise ValueError(f"field '{field}': {error}") from None
         return self
 
     @model_validator(mode="after")

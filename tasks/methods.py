@@ -12,7 +12,7 @@ kernel changes the key of the artifacts that it made.
 
 Reading a kernel's dataclass imports torch (two seconds), which a run that is wholly cached must not
 pay for. A kernel's answer depends on its source and the given values alone, so answers are kept in
-a small cache under the user's cache folder, keyed by both.
+a small cache under the user's cache folder, keyed by both (`remembered`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import json
 import os
 import typing
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,15 +79,28 @@ def complete_method(family: str, method: str, given: Mapping[str, Any]) -> dict[
 
 def complete_settings(module: str, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """`given` checked against dataclass `name` of `module` and completed with its defaults."""
-    question = json.dumps([module, name, dict(given)], sort_keys=True, default=str)
-    digest = hashlib.sha256(_source(module) + question.encode()).hexdigest()
-    cached = _cache_folder() / f"{digest}.json"
+
+    def ask() -> dict[str, Any]:
+        return dataclasses.asdict(settings_of(module, name, given))
+
+    answer = remembered([module, name, dict(given)], [module], ask)
+    return typing.cast(dict[str, Any], answer)
+
+
+def remembered(question: Sequence[Any], modules: Sequence[str], ask: Callable[[], Any]) -> Any:
+    """`ask()` as plain JSON, or what it answered before to the same question.
+
+    The answer must depend on nothing but `question` and the sources of the families of kernels
+    that `modules` belong to. An exception is not remembered.
+    """
+    asked = json.dumps(question, sort_keys=True, default=str).encode()
+    sources = b"".join(_source(module) for module in modules)
+    cached = _cache_folder() / f"{hashlib.sha256(sources + asked).hexdigest()}.json"
     try:
-        return typing.cast(dict[str, Any], json.loads(cached.read_text("utf-8")))
+        return json.loads(cached.read_text("utf-8"))
     except (OSError, ValueError):
         pass  # not answered yet, or a torn file: ask the kernel
-    settings = _parse(getattr(importlib.import_module(module), name), given)
-    answer = typing.cast(dict[str, Any], json.loads(json.dumps(dataclasses.asdict(settings))))
+    answer = json.loads(json.dumps(ask()))
     _remember(cached, answer)
     return answer
 
@@ -127,7 +140,7 @@ def _cache_folder() -> Path:
     return Path(own or Path.home() / ".cache" / "goldcrest") / "settings"
 
 
-def _remember(path: Path, answer: Mapping[str, Any]) -> None:
+def _remember(path: Path, answer: Any) -> None:
     temporary = path.with_name(f".{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ C channels   M aggregated channels   A attention channels   R, D rows and column
 from __future__ import annotations
 
 import copy
+import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
@@ -79,6 +80,16 @@ def skippable(model: EcapaTdnn) -> list[str]:
     return ["enter", *enters, "aggregate", "pooling.reduce", "pooling.expand", "embed"]
 
 
+def check_skip_names(model: EcapaTdnn, names: Iterable[str]) -> None:
+    """ValueError for names that are not `skippable`, with the nearest and with all that are."""
+    allowed = skippable(model)
+    unknown = sorted(set(names) - set(allowed))
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], allowed, n=1)
+        guess = f" (did you mean '{near[0]}'?)" if near else ""
+        raise ValueError(f"cannot skip {', '.join(unknown)}{guess}; allowed: {', '.join(allowed)}")
+
+
 def quantize_ecapa(
     model: EcapaTdnn, batches: Iterable[Batch], settings: Settings | None = None
 ) -> Int8Ecapa:
@@ -100,11 +111,7 @@ def quantize_ecapa(
     batches = list(batches)
     if not batches:
         raise ValueError("quantization needs at least one calibration batch")
-    unknown = set(settings.skip_names) - set(skippable(model))
-    if unknown:
-        raise ValueError(
-            f"cannot skip {', '.join(sorted(unknown))}; allowed: {', '.join(skippable(model))}"
-        )
+    check_skip_names(model, settings.skip_names)
     work = copy.deepcopy(model).float().eval()
     if settings.smooth:
         _smooth(work, observe(work, batches, settings, hessians=False), settings)

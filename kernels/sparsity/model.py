@@ -15,6 +15,7 @@ each batch's frame mask (B, T) after the batch, or None if nothing is padded:
 
 from __future__ import annotations
 
+import difflib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -41,15 +42,34 @@ Calibration = Callable[[nn.Module], Iterable[Tensor | None]]
 def prunable(model: nn.Module, skip: Iterable[str] = ()) -> list[str]:
     """Names of the linear and convolution layers in module order, those in `skip` left out.
 
-    A name in `skip` also leaves out everything below it.
+    A name in `skip` also leaves out everything below it. Raises ValueError for one that leaves
+    nothing out, with the nearest names that would.
     """
+    layers = [name for name, module in model.named_modules() if isinstance(module, LAYER_TYPES)]
     left_out = tuple(skip)
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, LAYER_TYPES)
-        and not any(name == item or name.startswith(f"{item}.") for item in left_out)
-    ]
+    for item in left_out:
+        if not any(_at_or_below(name, item) for name in layers):
+            raise ValueError(
+                f"no layer is called '{item}' or lies below it{_nearest(item, layers)}"
+            )
+    return [name for name in layers if not any(_at_or_below(name, item) for item in left_out)]
+
+
+def _at_or_below(name: str, module: str) -> bool:
+    return name == module or name.startswith(f"{module}.")
+
+
+def _nearest(name: str, layers: Sequence[str]) -> str:
+    """The layers and modules above them that are called nearly so, else all layers there are."""
+    known = dict.fromkeys(
+        ".".join(parts[:depth])
+        for parts in (layer.split(".") for layer in layers)
+        for depth in range(1, len(parts) + 1)
+    )
+    near = difflib.get_close_matches(name, known, n=3)
+    if near:
+        return f"; did you mean {' or '.join(repr(each) for each in near)}?"
+    return f"; layers: {', '.join(layers)}"
 
 
 @contextmanager

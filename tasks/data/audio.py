@@ -1,7 +1,8 @@
-"""Reading audio files: header first, then samples as 16 kHz mono float32.
+"""Reading audio files: header first, then samples as 16 kHz mono float32, block by block.
 
-Everything that can be wrong with one file raises `AudioError` with a reason in words, so that the
-caller can put the file into quarantine and go on.
+Only the mono signal at 16 kHz is ever held as a whole, so a file of many channels and a high rate
+needs no more memory than another of its length. Everything that can be wrong with one file raises
+`AudioError` with a reason in words, so that the caller can put it into quarantine and go on.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import soxr
 
 AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au"})
 SAMPLE_RATE = 16_000
+_BLOCK = 1 << 18  # samples over all channels that are decoded at once
 SILENCE_PEAK = 1e-4  # -80 dBFS: below the quantisation noise of 13-bit audio
 
 
@@ -31,6 +33,7 @@ class AudioLimits:
     max_rate: int = 192_000  # Hz
     max_channels: int = 32
     max_seconds: float = 6 * 3600.0
+    max_samples: int = 1 << 31  # over all channels: 6 h of stereo at 48 kHz
     min_seconds: float = 0.1
 
 
@@ -47,10 +50,13 @@ def read_header(source: Path | bytes, limits: AudioLimits | None = None) -> Head
     """The header of a file (path or bytes), checked against `limits`; AudioError if unusable."""
     limits = limits or AudioLimits()
     if isinstance(source, Path):
-        if not source.is_file():
-            raise AudioError("the file does not exist")
-        if source.stat().st_size == 0:
-            raise AudioError("the file is empty (0 bytes)")
+        try:
+            if not source.is_file():
+                raise AudioError("the file does not exist")
+            if source.stat().st_size == 0:
+                raise AudioError("the file is empty (0 bytes)")
+        except PermissionError as error:  # any other may pass: the step is tried again
+            raise AudioError("the file can't be read: permission denied") from error
     elif not source:
         raise AudioError("the audio is empty (0 bytes)")
     try:
@@ -70,37 +76,104 @@ def read_header(source: Path | bytes, limits: AudioLimits | None = None) -> Head
         raise AudioError(f"{seconds:.3f} s is shorter than {limits.min_seconds} s")
     if seconds > limits.max_seconds:
         raise AudioError(f"{seconds:.0f} s is longer than {limits.max_seconds:.0f} s")
+    if info.frames * info.channels > limits.max_samples:
+        raise AudioError(
+            f"{info.frames} samples in {info.channels} channels; at most {limits.max_samples} "
+            "over all channels are decoded"
+        )
     return Header(info.samplerate, info.channels, seconds)
 
 
 def decode(source: Path | bytes, limits: AudioLimits | None = None) -> np.ndarray:
     """All samples of a file as (N,) float32, 16 kHz mono, nominally in [-1, 1].
 
-    Channels are averaged. AudioError when the file is unreadable, truncated, silent, or holds
-    samples that are not finite.
+    Channels are averaged. AudioError when the file is unreadable, truncated, silent, too large for
+    this machine's memory, or holds samples that are not finite.
     """
     header = read_header(source, limits)
+    conditioner = _Conditioner(header.rate)
     try:
-        samples, rate = soundfile.read(_open(source), dtype="float32", always_2d=True)
+        with _Forward(_open(source)) as file:
+            left = file.frames
+            while left > 0 and len(block := file.block(min(left, _BLOCK // header.channels))):
+                conditioner.take(block)
+                left -= len(block)
+            if left > 0.02 * file.frames:
+                read = file.frames - left
+                raise AudioError(f"truncated: {read} of {file.frames} samples could be read")
+        return conditioner.result()
     except (soundfile.LibsndfileError, RuntimeError) as error:
         raise AudioError(f"damaged audio: {_reason(error)}") from error
-    expected = round(header.seconds * rate)
-    if len(samples) < 0.98 * expected:
-        raise AudioError(f"truncated: {len(samples)} of {expected} samples could be read")
-    return condition(samples, rate)
+    except MemoryError as error:
+        raise AudioError(f"its {header.seconds:.0f} s don't fit into memory") from error
+
+
+class _Forward(soundfile.SoundFile):
+    """A file that is read from its start to its end.
+
+    soundfile seeks after every block of a file that can seek, and an MP3 decoder does not come back
+    from that bit for bit. One that reads a whole file at once seeks to its start, so this does too.
+    """
+
+    def __init__(self, source: str | io.BytesIO) -> None:
+        super().__init__(source)
+        if super().seekable():
+            self.seek(0)
+
+    def seekable(self) -> bool:
+        """No."""
+        return False
+
+    def block(self, frames: int) -> np.ndarray:
+        """At most the next `frames` samples of all channels, (N, channels) float32."""
+        block: np.ndarray = self.read(frames, dtype="float32", always_2d=True)
+        return block
 
 
 def condition(samples: np.ndarray, rate: int) -> np.ndarray:
     """Channels to mono and any rate to 16 kHz: (N, channels) or (N,) -> (M,) float32."""
-    mono = samples.mean(axis=1) if samples.ndim == 2 else samples
-    mono = mono.astype(np.float32, copy=False)
-    if not np.isfinite(mono).all():
-        raise AudioError("holds samples that are NaN or infinite")
-    if mono.size == 0 or float(np.abs(mono).max()) < SILENCE_PEAK:
-        raise AudioError("silent: no sample above -80 dBFS")
-    if rate != SAMPLE_RATE:
-        mono = soxr.resample(mono, rate, SAMPLE_RATE, quality="HQ").astype(np.float32, copy=False)
-    return mono
+    conditioner = _Conditioner(rate)
+    conditioner.take(samples)
+    return conditioner.result()
+
+
+class _Conditioner:
+    """Channels to mono and any rate to 16 kHz; the result does not depend on how the signal is cut
+    into blocks."""
+
+    def __init__(self, rate: int) -> None:
+        self._resampler = None
+        if rate != SAMPLE_RATE:
+            self._resampler = soxr.ResampleStream(
+                rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ"
+            )
+        self._parts: list[np.ndarray] = []
+        self._peak = 0.0
+
+    def take(self, samples: np.ndarray) -> None:
+        """The next block, (N, channels) or (N,)."""
+        mono = samples.mean(axis=1) if samples.ndim == 2 else samples
+        mono = mono.astype(np.float32, copy=False)
+        if not np.isfinite(mono).all():
+            raise AudioError("holds samples that are NaN or infinite")
+        self._peak = max(self._peak, float(np.abs(mono).max(initial=0.0)))
+        self._parts.append(self._resampled(mono))
+
+    def result(self) -> np.ndarray:
+        """The whole signal (M,) float32, after the last block."""
+        if self._peak < SILENCE_PEAK:
+            raise AudioError("silent: no sample above -80 dBFS")
+        if self._resampler is not None:
+            self._parts.append(self._resampled(np.zeros(0, np.float32), last=True))
+        return self._parts[0] if len(self._parts) == 1 else np.concatenate(self._parts)
+
+    def _resampled(self, mono: np.ndarray, *, last: bool = False) -> np.ndarray:
+        if self._resampler is None:
+            return mono
+        resampled: np.ndarray = self._resampler.resample_chunk(
+            np.ascontiguousarray(mono), last=last
+        )
+        return resampled
 
 
 def _open(source: Path | bytes) -> str | io.BytesIO:

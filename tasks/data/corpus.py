@@ -13,10 +13,12 @@ Layouts, found by looking (`layout="auto"`) or stated:
 from __future__ import annotations
 
 import csv
+import errno
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,8 +28,27 @@ from goldcrest.tasks.data.audio import AUDIO_SUFFIXES
 Layout = Literal["auto", "metadata", "speaker_folders", "bare"]
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 MAX_METADATA_LINE = 1 << 20  # characters: a longer line is not a row of metadata
+# Errors of a file's name or its permissions: trying again would not mend them.
+_HOPELESS = {
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EINVAL, errno.EILSEQ)
+}
 DATASETS_PREFIX = "datasets://"
 DATASETS_FILES = ("state.json", "dataset_dict.json")  # what `save_to_disk` leaves
+
+
+@dataclass(frozen=True, eq=False)
+class StoredAudio:
+    """Encoded audio in a row of a table on disk, read when it is asked for: the audio of a corpus
+    need not fit into memory. `size` in bytes."""
+
+    table: Any
+    row: int
+    size: int
+
+    def read(self) -> bytes:
+        """The encoded audio."""
+        data: bytes = self.table[self.row]["audio"]["bytes"]
+        return data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,19 +56,30 @@ class Recording:
     """One audio file of a corpus and what is known about it (None: not known).
 
     `id` is unique over all corpora of a run. The audio is at `path`, or, for corpora that carry
-    audio inside their tables, in `data`. `kind` tells noises ("noise") and room impulse responses
-    ("rir") in packs of both. `problem` says why the recording can't be used.
+    audio inside their tables, in `data` (there, or loaded by `in_memory`). `kind` tells noises
+    ("noise") and room impulse responses ("rir") in packs of both. `problem` says why the recording
+    can't be used.
     """
 
     id: str
     corpus: str
     path: Path
-    data: bytes | None = None
+    data: StoredAudio | bytes | None = None
     speaker: str | None = None
     sex: str | None = None
     text: str | None = None
     kind: str | None = None
     problem: str | None = None
+
+    def in_memory(self) -> Recording:
+        """The recording with the audio that lies in a table: what another process can open."""
+        return replace(self, data=self.data.read()) if isinstance(self.data, StoredAudio) else self
+
+    def source(self) -> Path | bytes:
+        """What to decode: the file, or the audio itself."""
+        if self.data is None:
+            return self.path
+        return self.data if isinstance(self.data, bytes) else self.data.read()
 
 
 def recording_of(utterance: str) -> str:
@@ -65,8 +97,10 @@ def read_corpora(
     """The recordings of all corpora in `paths`, in a fixed order, with unique ids.
 
     `names` are the corpora's names, by default `corpus_names(paths)`. Raises InputError for a
-    missing or empty corpus, for metadata that can't be read, and for a file in two corpora.
+    missing or empty corpus, for metadata that can't be read, and for a file or a dataset that is
+    in two corpora.
     """
+    _refuse_equal_datasets(paths)
     recordings: list[Recording] = []
     for path, name in zip(paths, names or corpus_names(paths), strict=True):
         found = list(read_corpus(path, name, layout))
@@ -109,20 +143,81 @@ def manifest_folders(paths: tuple[str, ...]) -> tuple[str, ...]:
 
 def as_text(name: str) -> str:
     """A file name as text that UTF-8 can hold: bytes that are not UTF-8 become `\\xNN`."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    try:
+        return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can name: no file's name
+        return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _refuse_doubles(recordings: list[Recording]) -> None:
     """One file in two corpora would be in training and in evaluation."""
     seen: dict[Path, str] = {}
     for recording in recordings:
-        if recording.data is None:
+        if recording.data is None and recording.problem is None:
             first = seen.setdefault(recording.path.resolve(), recording.id)
             if first != recording.id:
                 raise InputError(
                     f"{recording.path} is in two corpora ({first}, {recording.id})",
                     hint="give every folder once, and none inside another",
                 )
+
+
+def _refuse_equal_datasets(paths: tuple[str, ...]) -> None:
+    """A dataset has no files that could be compared, but it has one name, or one folder."""
+    seen: dict[tuple[str, str], str] = {}
+    for path in paths:
+        if (dataset := _dataset_of(path)) is not None:
+            if dataset in seen:
+                raise InputError(
+                    f"the dataset {path} is in two corpora (it is also given as {seen[dataset]})",
+                    hint="give every dataset once, or different splits of it",
+                )
+            seen[dataset] = path
+
+
+def _dataset_of(path: str) -> tuple[str, str] | None:
+    """Folder (links followed) or name on the hub, and split, of a corpus that is a dataset."""
+    reference = path.removeprefix(DATASETS_PREFIX)
+    name, _, split = reference.partition(":") if reference != path else (path, "", "")
+    root = Path(name)
+    if _is_saved_dataset(root):
+        # What was saved as one table has no splits.
+        return str(root.resolve()), split or "train" if (root / DATASETS_FILES[1]).is_file() else ""
+    return (name, split or "train") if reference != path else None
+
+
+def _is_saved_dataset(root: Path) -> bool:
+    return any((root / name).is_file() for name in DATASETS_FILES)
+
+
+def refuse_shared_audio(training: Iterable[Recording], evaluation: Iterable[Recording]) -> None:
+    """InputError for a recording in a table to train on that is in one to evaluate on as well.
+
+    Only what has the size of another is read; for files see `read_corpora`.
+    """
+    tested: dict[int, list[Recording]] = {}
+    for recording in evaluation:
+        if isinstance(recording.data, StoredAudio):
+            tested.setdefault(recording.data.size, []).append(recording)
+    digests: dict[int, dict[bytes, str]] = {}
+    for recording in training:
+        if not isinstance(recording.data, StoredAudio) or recording.data.size not in tested:
+            continue
+        size = recording.data.size
+        if size not in digests:
+            digests[size] = {_sha256(other): other.id for other in tested[size]}
+        same = digests[size].get(_sha256(recording))
+        if same is not None:
+            raise InputError(
+                f"{recording.id} would be trained on, but {same} is the same recording",
+                hint="take it out of the corpora for training or of those for evaluation",
+            )
+
+
+def _sha256(recording: Recording) -> bytes:
+    source = recording.source()
+    assert isinstance(source, bytes)
+    return hashlib.sha256(source).digest()
 
 
 def read_corpus(path: str, name: str, layout: Layout = "auto") -> Iterator[Recording]:
@@ -133,7 +228,7 @@ def read_corpus(path: str, name: str, layout: Layout = "auto") -> Iterator[Recor
     root = Path(path).expanduser()
     if root.is_file():
         yield from _read_metadata(root, name)
-    elif any((root / name).is_file() for name in DATASETS_FILES):
+    elif _is_saved_dataset(root):
         yield from _read_datasets(str(root), name)
     elif root.is_dir():
         layout = _detect(root) if layout == "auto" else layout
@@ -181,10 +276,18 @@ def _read_folder(root: Path, corpus: str, *, labelled: bool) -> Iterator[Recordi
 def _visible_files(root: Path) -> list[Path]:
     """Files below `root` in a fixed order; links are followed, hidden names left out."""
     found = []
-    for folder, folders, files in os.walk(root, followlinks=True):
+    for folder, folders, files in os.walk(root, onerror=_refuse, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [Path(folder, name) for name in files if not name.startswith(".")]
     return sorted(found)
+
+
+def _refuse(error: OSError) -> None:
+    """A folder of a speaker that can't be listed must not be left out in silence."""
+    raise InputError(
+        f"the folder {error.filename} can't be read: {error.strerror}",
+        hint="make it readable, or take it away",
+    ) from error
 
 
 def _read_metadata(manifest: Path, corpus: str) -> Iterator[Recording]:
@@ -196,22 +299,39 @@ def _read_metadata(manifest: Path, corpus: str) -> Iterator[Recording]:
             raise InputError(f"{place}: no 'file_name'", hint="every row names its audio file")
         if Path(file_name).suffix.lower() not in AUDIO_SUFFIXES:
             continue  # packs may list images or texts beside the audio
-        path = (root / file_name).resolve()
-        if not path.is_relative_to(root):
+        path, problem = _named_file(root, file_name, place)
+        if path is not None and not path.is_relative_to(root):
             raise InputError(f"{place}: '{file_name}' lies outside {root}")
         if file_name in seen:
             raise InputError(f"{place}: '{file_name}' is listed twice")
         seen.add(file_name)
         yield Recording(
-            id=f"{corpus}/{file_name}",
+            id=f"{corpus}/{as_text(file_name)}",
             corpus=corpus,
-            path=path,
+            path=path or manifest,
             speaker=_text(row, "speaker", place),
             sex=_text(row, "sex", place),
             text=_text(row, "text", place),
             kind=_text(row, "kind", place),
-            problem=None if path.is_file() else f"named in {place} but the file is absent",
+            problem=problem,
         )
+
+
+def _named_file(root: Path, name: str, place: str) -> tuple[Path | None, str | None]:
+    """The file that a row names, links followed, and why it can't be used (None: it can).
+
+    Among millions of rows one that no file can be called by is that row's problem.
+    """
+    try:
+        path = (root / name).resolve()
+        absent = not path.is_file()
+    except OSError as error:
+        if error.errno not in _HOPELESS:
+            raise
+        return None, f"named in {place} but can't be opened: {error.strerror}"
+    except (ValueError, RuntimeError) as error:  # NUL, half a surrogate pair; links in a circle
+        return None, f"named in {place} but no file can be called so: {error}"
+    return path, f"named in {place} but the file is absent" if absent else None
 
 
 def _text(row: Mapping[str, Any], field: str, place: str) -> str | None:
@@ -219,7 +339,10 @@ def _text(row: Mapping[str, Any], field: str, place: str) -> str | None:
     if value is None or value == "":
         return None
     if isinstance(value, str | int) and not isinstance(value, bool):
-        return str(value)
+        text = str(value)
+        if text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text):
+            return text
+        raise InputError(f"{place}: field '{field}' holds half a surrogate pair: not UTF-8 text")
     raise InputError(f"{place}: field '{field}' is {type(value).__name__}, text was expected")
 
 
@@ -262,7 +385,7 @@ def _jsonl_rows(manifest: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 continue
             try:
                 row = json.loads(line.decode("utf-8"))
-            except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # also numbers of 5000 digits
                 raise InputError(f"{place}: not a line of UTF-8 JSON: {error}") from error
             if not isinstance(row, dict):
                 raise InputError(f"{place}: a JSON object was expected")
@@ -270,12 +393,12 @@ def _jsonl_rows(manifest: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _read_datasets(reference: str, corpus: str) -> Iterator[Recording]:
-    """A dataset on the hub or saved on disk; audio stays encoded until it is needed."""
+    """A dataset on the hub or saved on disk; audio stays there, encoded, until it is needed."""
     import datasets
 
     name, _, split = reference.partition(":")
     try:
-        if any((Path(name) / file).is_file() for file in DATASETS_FILES):
+        if _is_saved_dataset(Path(name)):
             loaded = datasets.load_from_disk(name)
             table = loaded[split or "train"] if isinstance(loaded, datasets.DatasetDict) else loaded
         else:
@@ -286,14 +409,19 @@ def _read_datasets(reference: str, corpus: str) -> Iterator[Recording]:
         raise InputError(f"dataset {reference} has no 'audio' column: {table.column_names}")
     if isinstance(table.features["audio"], datasets.Audio):
         table = table.cast_column("audio", datasets.Audio(decode=False))
+    only_audio = table.select_columns("audio")
     for number, row in enumerate(table):
         audio, place = row["audio"], f"{reference} row {number}"
+        if not isinstance(audio, dict):
+            kind = type(audio).__name__
+            raise InputError(f"dataset {place}: 'audio' is {kind}, not a path or encoded bytes")
+        data = audio.get("bytes")
         speaker = row.get("speaker", row.get("speaker_id"))
         yield Recording(
             id=f"{corpus}/{number:08d}",
             corpus=corpus,
             path=Path(audio.get("path") or f"{number:08d}"),
-            data=audio.get("bytes"),
+            data=None if data is None else StoredAudio(only_audio, number, len(data)),
             speaker=None if speaker is None else str(speaker),
             sex=_text(row, "sex", place),
             text=_text(row, "text", place),

@@ -99,8 +99,11 @@ def load_noise_bank(cfg: AugmentConfig, voices: Sequence[tuple[str, np.ndarray]]
     rooms: list[Path | bytes] = []
     left_out = 0
     for recording in read_corpora(cfg.noise_paths) if cfg.noise_paths else []:
+        if recording.problem is not None:
+            left_out += 1
+            continue
         is_room = recording.kind == "rir" or "rir" in recording.path.parts
-        source = recording.path if recording.data is None else recording.data
+        source = recording.source()
         try:
             audio.read_header(source, _LIMITS)
         except audio.AudioError:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from goldcrest.cluster.api import Config
-from goldcrest.tasks.methods import SettingsOf, complete_method, settings_of
+from goldcrest.tasks.methods import SettingsOf, complete_method, remembered, settings_of
+
+if TYPE_CHECKING:
+    from goldcrest.kernels.speaker.ecapa_tdnn import EcapaTdnn
 
 MARGINS = "goldcrest.kernels.margin"
 _ECAPA = "goldcrest.kernels.speaker.ecapa_tdnn"
@@ -44,6 +48,11 @@ class LossConfig(Config):
     def _complete(self) -> Self:
         completed = complete_method(MARGINS, self.margin, self.margin_settings)
         object.__setattr__(self, "margin_settings", completed)
+        if self.margin_warmup and "margin" not in completed:
+            raise ValueError(
+                f"margin_warmup is {self.margin_warmup}, but the loss '{self.margin}' has no "
+                "setting 'margin' that could grow: leave it at 0"
+            )
         return self
 
     def objective_settings(self) -> dict[str, Any]:
@@ -68,3 +77,41 @@ NetworkSettings = Annotated[dict[str, Any], SettingsOf(_ECAPA, "EcapaSettings")]
 def network_settings(given: dict[str, Any]) -> Any:
     """`EcapaSettings` of completed values."""
     return settings_of(_ECAPA, "EcapaSettings", given)
+
+
+def check_pruning_skips(network: dict[str, Any], names: Sequence[str]) -> None:
+    """ValueError for a name that is no layer (or module) of the network of completed settings."""
+
+    def ask() -> bool:
+        from goldcrest.kernels.sparsity.model import prunable
+
+        prunable(_bare_network(network), names)
+        return True
+
+    if names:
+        question = ["pruning skips", network, list(names)]
+        remembered(question, [_ECAPA, "goldcrest.kernels.sparsity.model"], ask)
+
+
+def check_int8_skips(network: dict[str, Any], names: Sequence[str]) -> None:
+    """ValueError for a name that is no operation of the network that may stay float32."""
+
+    def ask() -> bool:
+        from goldcrest.kernels.quantization.quantize_ecapa import check_skip_names
+
+        check_skip_names(_bare_network(network), names)
+        return True
+
+    if names:
+        question = ["int8 skips", network, list(names)]
+        remembered(question, [_ECAPA, "goldcrest.kernels.quantization.quantize_ecapa"], ask)
+
+
+def _bare_network(network: dict[str, Any]) -> EcapaTdnn:
+    """The network without weights: its layers have their names."""
+    import torch
+
+    from goldcrest.kernels.speaker.ecapa_tdnn import EcapaTdnn
+
+    with torch.device("meta"):
+        return EcapaTdnn(network_settings(network))

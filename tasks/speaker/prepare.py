@@ -32,12 +32,14 @@ from goldcrest.tasks.data.corpus import (
     corpus_names,
     manifest_folders,
     read_corpora,
+    refuse_shared_audio,
 )
 from goldcrest.tasks.methods import SettingsOf, settings_of
 
 Split = Literal["train", "eval"]
 _CHUNK_BYTES = 16 << 20  # encoded audio handed to one worker at a time
 _CHUNK_FILES = 256
+_CHUNK_SECONDS = 1800.0  # of decoded audio, 58 MB: what one worker gives back at once
 _FRONTEND = "goldcrest.kernels.frontend"
 
 FACTS = pa.schema(
@@ -71,7 +73,9 @@ class PrepareConfig(Config):
         description="corpora: folders, manifests or datasets://NAME; none: the embedded one",
     )
     eval_paths: Annotated[tuple[str, ...], InputFiles] = Field(
-        (), description="corpora for evaluation only; none: speakers held out of `paths`"
+        (),
+        description="corpora for evaluation only; none: speakers held out of `paths`; names of "
+        "speakers that are in `paths` too are noted in the metrics: they may be the same people",
     )
     names: tuple[str, ...] = Field(
         (), description="names of the corpora in ids and results; none: those of their folders"
@@ -86,7 +90,11 @@ class PrepareConfig(Config):
     )
     min_seconds: float = Field(0.15, gt=0, description="shorter recordings are quarantined (s)")
     eval_share: float = Field(
-        0.3, ge=0, lt=1, description="share of each corpus's labelled speakers held out"
+        0.3,
+        ge=0,
+        lt=1,
+        description="share of each corpus's labelled speakers held out; a name that is in several "
+        "corpora is on one side in all of them",
     )
     vad: Annotated[dict[str, Any], SettingsOf(f"{_FRONTEND}.vad", "VadSettings")] = Field(
         {}, description="energy voice activity detection; no speech at all: quarantined"
@@ -118,18 +126,18 @@ class _Job:
 @task(cpus=0, retry_on=(OSError,), timeout="12h")
 def prepare(cfg: PrepareConfig, out: Output) -> None:
     """Read, check, resample, cut and split the corpora (see the module docstring)."""
-    jobs = _embedded_jobs(cfg, out.seed) if not cfg.paths else _corpus_jobs(cfg, out.seed)
+    jobs, expected = (_corpus_jobs if cfg.paths else _embedded_jobs)(cfg, out.seed)
     work = functools.partial(_run_job, cfg=cfg, seed=out.seed)
     facts: list[pa.Table] = []
     quarantined: list[dict[str, str]] = []
     total = 0
     with out.shards("utterances") as shards:
-        for number, (rows, bad, recordings) in enumerate(out.runtime.map(work, jobs, note="read")):
+        for rows, bad, recordings in out.runtime.map(work, jobs, note="read"):
             shards.write(rows)
             facts.append(rows.select(FACTS.names))
             quarantined.extend(bad)
             total += recordings
-            out.progress((number + 1) / len(jobs), f"{total} recordings, {len(quarantined)} bad")
+            out.progress(total / expected, f"{total} recordings, {len(quarantined)} bad")
     table = pa.concat_tables(facts)
     _check_shares(table, quarantined, total, cfg)
     out.table("facts", table)
@@ -137,31 +145,58 @@ def prepare(cfg: PrepareConfig, out: Output) -> None:
     _report(table, len(quarantined), out)
 
 
-def _corpus_jobs(cfg: PrepareConfig, seed: int) -> list[_Job]:
+def _corpus_jobs(cfg: PrepareConfig, seed: int) -> tuple[Iterator[_Job], int]:
+    """The jobs, made one after the other as they are taken, and the number of recordings."""
     recordings = read_corpora((*cfg.paths, *cfg.eval_paths), cfg.layout, cfg.names)
     if cfg.eval_paths:
         training = set(cfg.names[: len(cfg.paths)])
         splits: list[Split] = ["train" if r.corpus in training else "eval" for r in recordings]
+        refuse_shared_audio(_of(recordings, splits, "train"), _of(recordings, splits, "eval"))
     else:
         splits = hold_out_speakers(recordings, cfg.eval_share, seed)
-    return list(_chunks(recordings, splits))
+    return _chunks(recordings, splits), len(recordings)
+
+
+def _of(
+    recordings: Sequence[Recording], splits: Sequence[Split], split: Split
+) -> Iterator[Recording]:
+    return (r for r, side in zip(recordings, splits, strict=True) if side == split)
 
 
 def _chunks(recordings: Sequence[Recording], splits: Sequence[Split]) -> Iterator[_Job]:
-    start, size = 0, 0
-    for place, recording in enumerate(recordings):
+    """Jobs of bounded size, encoded and decoded; audio in tables is read as they are taken."""
+    chosen: list[Recording] = []
+    size, seconds = 0, 0.0
+    for place, stored in enumerate(recordings, 1):
+        recording = stored.in_memory()
+        chosen.append(recording)
         size += _encoded_bytes(recording)
-        if size >= _CHUNK_BYTES or place + 1 - start >= _CHUNK_FILES:
-            yield _Job(recordings[start : place + 1], splits[start : place + 1])
-            start, size = place + 1, 0
-    if start < len(recordings):
-        yield _Job(recordings[start:], splits[start:])
+        seconds += _header_seconds(recording)
+        full = size >= _CHUNK_BYTES or len(chosen) >= _CHUNK_FILES or seconds >= _CHUNK_SECONDS
+        if full or place == len(recordings):
+            yield _Job(chosen, splits[place - len(chosen) : place])
+            chosen, size, seconds = [], 0, 0.0
 
 
 def _encoded_bytes(recording: Recording) -> int:
-    if recording.data is not None:
+    if recording.problem is not None:
+        return 0
+    if isinstance(recording.data, bytes):
         return len(recording.data)
-    return recording.path.stat().st_size if recording.path.is_file() else 0
+    try:
+        return recording.path.stat().st_size
+    except OSError:
+        return 0  # the worker says why
+
+
+def _header_seconds(recording: Recording) -> float:
+    """What a recording will be when it is decoded: a few bytes may hold hours."""
+    if recording.problem is not None:
+        return 0.0
+    try:
+        return audio.read_header(recording.source()).seconds
+    except audio.AudioError:
+        return 0.0  # the worker says why
 
 
 def hold_out_speakers(recordings: Sequence[Recording], share: float, seed: int) -> list[Split]:
@@ -169,22 +204,46 @@ def hold_out_speakers(recordings: Sequence[Recording], share: float, seed: int) 
 
     Each corpus keeps at least two speakers on either side (one can make no non-target trial), so a
     corpus of fewer than four labelled speakers trains as a whole; the unlabelled always train.
+
+    A name is on one side in all corpora, for it may be one person: the first corpus that draws it
+    decides. That comes before the two rules above; what it takes from a later corpus's share is
+    made up for among the names that are in no corpus before.
     """
     speakers: dict[str, dict[str, str]] = {}
     for recording in recordings:
         if recording.speaker is not None:
             of_corpus = speakers.setdefault(recording.corpus, {})
             of_corpus[recording.speaker] = recording.sex or of_corpus.get(recording.speaker, "")
-    held: set[tuple[str, str]] = set()
+    held: set[str] = set()
+    settled: set[str] = set()
     for corpus, sex_of in speakers.items():
         if len(sex_of) >= 4 and share > 0:
             rng = np.random.default_rng([seed, 3, *corpus.encode()])
             count = min(max(round(share * len(sex_of)), 2), len(sex_of) - 2)
-            held.update((corpus, name) for name in _draw_in_pairs(sex_of, count, rng))
-    return [
-        "eval" if r.speaker is not None and (r.corpus, r.speaker) in held else "train"
-        for r in recordings
-    ]
+            drawn = _draw_in_pairs(sex_of, count, rng)
+            held.update(_beside_the_settled(drawn, sex_of, held, settled, rng))
+            settled.update(sex_of)
+    return ["eval" if r.speaker in held else "train" for r in recordings]
+
+
+def _beside_the_settled(
+    drawn: list[str],
+    sex_of: dict[str, str],
+    held: set[str],
+    settled: set[str],
+    rng: np.random.Generator,
+) -> list[str]:
+    """A corpus's draw without the names that are `settled` (some of them `held`) by others.
+
+    Some more are drawn, or some fewer kept, where less than two speakers would be on a side.
+    """
+    chosen = [name for name in drawn if name not in settled]
+    already = sum(name in held for name in sex_of)
+    left = {n: sex for n, sex in sex_of.items() if n not in settled and n not in chosen}
+    missing = min(2 - already - len(chosen), len(left))
+    if missing > 0:
+        return chosen + _draw_in_pairs(left, missing, rng)
+    return chosen[: max(len(sex_of) - 2 - already, 0)]
 
 
 def _draw_in_pairs(sex_of: dict[str, str], count: int, rng: np.random.Generator) -> list[str]:
@@ -202,7 +261,7 @@ def _draw_in_pairs(sex_of: dict[str, str], count: int, rng: np.random.Generator)
     return chosen
 
 
-def _embedded_jobs(cfg: PrepareConfig, seed: int) -> list[_Job]:
+def _embedded_jobs(cfg: PrepareConfig, seed: int) -> tuple[Iterator[_Job], int]:
     if cfg.eval_paths:
         raise InputError("--eval-corpus without --corpus: the embedded corpus brings its own")
     voices = synthetic.make_voices(cfg.embedded.speakers, seed)
@@ -211,9 +270,9 @@ def _embedded_jobs(cfg: PrepareConfig, seed: int) -> list[_Job]:
         for v in voices
     ]
     splits = hold_out_speakers(as_recordings, cfg.eval_share, seed)
-    return [
-        _Job(voices=voices[i : i + 8], splits=splits[i : i + 8]) for i in range(0, len(voices), 8)
-    ]
+    starts = range(0, len(voices), 8)
+    jobs = (_Job(voices=voices[i : i + 8], splits=splits[i : i + 8]) for i in starts)
+    return jobs, len(voices) * cfg.embedded.utterances
 
 
 def _run_job(
@@ -236,8 +295,7 @@ def _decoded(
         try:
             if recording.problem is not None:
                 raise audio.AudioError(recording.problem)
-            source = recording.data if recording.data is not None else recording.path
-            yield recording, audio.decode(source, limits), split
+            yield recording, audio.decode(recording.source(), limits), split
         except audio.AudioError as error:
             bad.append(_quarantine_row(recording, str(error)))
     for voice, split in zip(job.voices, job.splits, strict=False):
@@ -329,7 +387,24 @@ def _report(facts: pa.Table, quarantined: int, out: Output) -> None:
             "hours": round(float(np.sum(part.column("seconds").to_numpy())) / 3600, 4),
         }
     out.metrics(quarantined=quarantined, corpus=summary)
+    if shared := _on_both_sides(facts):
+        shown = ", ".join(shared[:5]) + (", ..." if len(shared) > 5 else "")
+        note = (
+            f"corpora for training and for evaluation have {len(shared)} speakers' names in "
+            f"common ({shown}): if they are the same people, they were trained on"
+        )
+        out.metrics(notes={"speakers_on_both_sides": note})
+        out.progress(1.0, note)
     out.figure("durations", _duration_figure(facts))
+
+
+def _on_both_sides(facts: pa.Table) -> list[str]:
+    """Names of speakers, without their corpus, in training and in evaluation."""
+    names: dict[str, set[str]] = {"train": set(), "eval": set()}
+    for row in facts.select(["speaker", "corpus", "split"]).to_pylist():
+        if row["speaker"] is not None:
+            names[row["split"]].add(row["speaker"].removeprefix(f"{row['corpus']}:"))
+    return sorted(names["train"] & names["eval"])
 
 
 def _duration_figure(facts: pa.Table) -> Any:

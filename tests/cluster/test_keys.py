@@ -16,10 +16,13 @@ from typing import Annotated, Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError
 
+from goldcrest.cluster import keys
 from goldcrest.cluster.api import Config, DoesNotChangeResult, InputError, InputFiles
+from goldcrest.cluster.artifact import sha256_file
 from goldcrest.cluster.keys import Fingerprints, canonical_config, digest, step_key
+from goldcrest.cluster.markers import relative_to
 
 
 class Colour(Enum):
@@ -182,17 +185,93 @@ def test_files_may_be_named_in_several_ways(
     assert canonical_config(Corpora(), fingerprints)[field] is None
 
 
+def test_relative_names_are_made_absolute_and_keep_their_key(
+    tmp_path: Path, fingerprints: Fingerprints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The key is made in the folder where they were typed, a worker opens them in its own."""
+    file = write(tmp_path / "typed" / "trials.txt", "1 a b")
+    monkeypatch.chdir(file.parent)
+    typed = Corpora(corpus="trials.txt", several=("./trials.txt", "hf://a/b"), optional="../typed")
+    assert typed.corpus == str(file)
+    assert typed.several == (str(file), "hf://a/b")
+    assert Corpora(corpus=file.as_uri()).corpus == str(file)
+    monkeypatch.chdir(tmp_path)
+    full = Corpora(corpus=str(file), several=(str(file), "hf://a/b"), optional=str(file.parent))
+    assert canonical_config(typed, fingerprints) == canonical_config(full, fingerprints)
+    with relative_to(file.parent):
+        assert Corpora(corpus="trials.txt").corpus == str(file)
+    assert Corpora(corpus="trials.txt").corpus == str(tmp_path / "trials.txt")
+
+
+def test_a_link_keeps_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a folder is called may name a corpus, so it may not change with where it is typed."""
+    write(tmp_path / "pack-v2" / "a.wav", "sound")
+    (tmp_path / "pack").symlink_to(tmp_path / "pack-v2")
+    monkeypatch.chdir(tmp_path)
+    assert Corpora(corpus="pack").corpus == str(tmp_path / "pack")
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=20) | st.sampled_from(["~", "~nobody/x", "file://a%00b", "file:///x y"]))
+def test_any_name_becomes_absolute_stays_or_is_refused(name: str) -> None:
+    try:
+        made = Corpora(corpus=name).corpus
+    except ValidationError as error:
+        assert "is not the name of a file" in str(error) or "~" in name
+        return
+    assert made == "" or "://" in made or Path(made).is_absolute()
+    assert Corpora(corpus=made).corpus == made
+
+
 def test_a_name_with_a_scheme_counts_as_its_name(fingerprints: Fingerprints) -> None:
     form = canonical_config(Corpora(corpus="hf://datasets/a/b"), fingerprints)
     assert form["corpus"] == {"name": "hf://datasets/a/b"}
 
 
 def test_missing_and_empty_input_is_named(tmp_path: Path, fingerprints: Fingerprints) -> None:
-    with pytest.raises(InputError, match="corpus: there is no file or folder 'nowhere'"):
+    with pytest.raises(InputError, match=r"corpus: there is no file or folder '.*/nowhere'"):
         canonical_config(Corpora(corpus="nowhere"), fingerprints)
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"several\[0\]: the folder .* holds no files"):
         canonical_config(Corpora(several=(str(tmp_path / "empty"),)), fingerprints)
+
+
+def test_files_that_cannot_be_read_are_named(
+    tmp_path: Path, fingerprints: Fingerprints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Simulated: root, who may run the tests, reads everything."""
+    closed = write(tmp_path / "pack" / "b.wav", "sound")
+    write(tmp_path / "pack" / "a.wav", "sound")
+
+    def refuse(path: Path) -> str:
+        if path == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return sha256_file(path)
+
+    monkeypatch.setattr(keys, "sha256_file", refuse)
+    with pytest.raises(InputError, match=r"corpus: .*/pack/b\.wav can't be read: Permission"):
+        canonical_config(Corpora(corpus=str(tmp_path / "pack")), fingerprints)
+    with pytest.raises(InputError, match="File name too long"):
+        canonical_config(Corpora(corpus="x" * 300), fingerprints)
+    with pytest.raises(InputError, match="can't be the name of a file"):
+        fingerprints.of("a\0b")
+
+
+def test_a_folder_that_cannot_be_listed_is_not_left_out(
+    tmp_path: Path, fingerprints: Fingerprints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "pack" / "anna" / "a.wav", "sound")
+    write(tmp_path / "pack" / "bob" / "a.wav", "sound")
+    plain = os.scandir
+
+    def refuse(path: Any = ".") -> Any:
+        if str(path).endswith("bob"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return plain(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(InputError, match=r"corpus: .*/pack/bob can't be read: Permission denied"):
+        canonical_config(Corpora(corpus=str(tmp_path / "pack")), fingerprints)
 
 
 def settle(*paths: Path) -> None:

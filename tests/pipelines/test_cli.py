@@ -92,6 +92,22 @@ def garden(cold: tuple[Path, Any], tmp_path: Path) -> Path:
     return tmp_path / "store"
 
 
+def test_files_of_a_config_are_those_of_the_folder_where_it_is_typed(
+    call: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "list.txt").write_text("1 a b")
+    (tmp_path / "own.yaml").write_text("corpus: {paths: [bed]}")
+    said = call(
+        "config", "show", "speaker", "--config", "own.yaml", "-o", "evaluate.trials=list.txt",
+        "-o", "features.augment.noise_paths=[../noise, 'datasets://org/noise']", "--json", "-",
+    )  # fmt: skip
+    shown = json.loads(said.out)
+    assert shown["evaluate"]["trials"] == str(tmp_path / "list.txt")
+    assert shown["corpus"]["paths"] == [str(tmp_path / "bed")]
+    noises = shown["features"]["augment"]["noise_paths"]
+    assert noises == [str(tmp_path / "../noise"), "datasets://org/noise"]
+
+
 # ------------------------------------------------------------------------------- a whole run
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,11 +36,40 @@ def test_the_variants_are_there() -> None:
         ({"rounds": 2, "pretrain": {"labels": True}}, "once on true labels"),
         ({"clustering": {"clusters": 1}}, "greater than or equal to 2"),
         ({"features": {"augment": {"speed": [1.1, 0.9]}}}, "a range is"),
+        ({"sparse": {"skip": ["emded"]}}, r"'sparse.skip': no layer is .* did you mean 'embed'"),
+        ({"sparse": {"skip": ["layers.3"]}}, "'sparse.skip': no layer is called 'layers.3'"),
+        ({"sparse": {"skip": ["embed_norm"]}}, "no layer is called 'embed_norm'"),
+        (
+            {"quantize": {"settings": {"skip_names": ["layers.9.enter"]}}},
+            "'quantize.settings.skip_names': cannot skip layers.9.enter",
+        ),
+        ({"pretrain": {"margin": "ce", "margin_warmup": 2}}, "margin_warmup is 2.*'ce' has no"),
+        ({"sparse": {"margin": "ocsoftmax", "margin_warmup": 1}}, "'ocsoftmax' has no"),
     ],
 )
 def test_configs_that_would_fail_late_are_refused_early(change: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         speaker.Config(**change)
+
+
+def test_skipped_layers_are_looked_up_in_the_network_of_the_config() -> None:
+    skips = {"skip": ["layers.3", "enter.conv", "pooling"]}
+    network = {"network": {"dilations": [2, 3, 4, 5]}}
+    cfg = speaker.Config(sparse=skips, pretrain=network)
+    assert cfg.sparse.skip == ("layers.3", "enter.conv", "pooling")
+    int8 = {"settings": {"skip_names": ["layers.3.enter", "embed"]}}
+    assert speaker.Config(quantize=int8, pretrain=network).quantize.settings["skip_names"]
+
+
+def test_layers_that_were_found_once_are_looked_up_without_torch() -> None:
+    """A run that is wholly cached must not pay for the import."""
+    make = "speaker.Config(sparse={'skip': ['embed']}, quantize={'settings': {'skip_names': []}})"
+    code = f"import sys; from goldcrest.pipelines import speaker; {make}; print(*sys.modules)"
+    runs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        for _ in range(2)
+    ]
+    assert "torch" not in runs[1].stdout.split()
 
 
 def test_every_field_is_documented() -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+import soxr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from goldcrest.tasks.data import audio
 from goldcrest.tasks.data.audio import (
     AudioError,
     AudioLimits,
@@ -40,6 +44,78 @@ def test_every_format_becomes_16_khz_mono(
     assert len(samples) == pytest.approx(RATE, rel=0.1)  # MP3 pads
     peak = np.abs(np.fft.rfft(samples[2000:-2000])).argmax() * RATE / len(samples[2000:-2000])
     assert peak == pytest.approx(440, abs=2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "subtype"),
+    [
+        ("WAV", "PCM_16"), ("WAV", "FLOAT"), ("WAV", "IMA_ADPCM"), ("WAV", "GSM610"),
+        ("FLAC", "PCM_24"), ("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", "MPEG_LAYER_III"),
+        ("AIFF", "PCM_16"), ("AU", "ULAW"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(("rate", "channels"), [(8_000, 1), (16_000, 2), (48_000, 3)])
+def test_blocks_are_decoded_to_the_bytes_of_the_whole(
+    kind: str, subtype: str, rate: int, channels: int
+) -> None:
+    """Expected: what soundfile and soxr make of the file at once, as releases before did."""
+    rng = np.random.default_rng(0)
+    samples = 0.2 * rng.standard_normal((rate * 40 + 1, channels))
+    data = io.BytesIO()
+    try:
+        soundfile.write(data, samples, rate, format=kind, subtype=subtype)
+    except soundfile.LibsndfileError:
+        pytest.skip("the format has no such rate or channels")
+    whole, _ = soundfile.read(io.BytesIO(data.getvalue()), dtype="float32", always_2d=True)
+    mono = whole.mean(axis=1)
+    expected = mono if rate == RATE else soxr.resample(mono, rate, RATE, quality="HQ")
+    assert len(whole) * channels > audio._BLOCK
+    assert np.array_equal(decode(data.getvalue()), expected)
+    assert np.array_equal(condition(whole, rate), expected)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    rate=st.sampled_from([4_000, 11_025, 16_000, 22_050, 44_100, 192_000]),
+    length=st.integers(1, 30_000),
+    cuts=st.lists(st.integers(0, 30_000), max_size=6),
+)
+def test_the_cut_into_blocks_changes_nothing(rate: int, length: int, cuts: list[int]) -> None:
+    samples = np.random.default_rng(length).uniform(-1, 1, (length, 3)).astype(np.float32)
+    conditioner = audio._Conditioner(rate)
+    for block in np.split(samples, sorted(cuts)):
+        conditioner.take(block)
+    assert np.array_equal(conditioner.result(), condition(samples, rate))
+
+
+def test_memory_is_for_the_mono_signal_alone(tmp_path: Path) -> None:
+    """8 channels of 4 minutes are 123 MB of float32, the mono signal is 15 MB."""
+    path = tmp_path / "wide.flac"
+    with soundfile.SoundFile(path, "w", RATE, 8, "PCM_16") as file:
+        for _ in range(4 * 60):
+            file.write(np.full((RATE, 8), 5_000, np.int16))
+    tracemalloc.start()
+    try:
+        samples = decode(path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(samples) == 4 * 60 * RATE
+    assert peak < 3 * samples.nbytes
+
+
+def test_a_signal_that_does_not_fit_into_memory_is_said_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "tone.wav"
+    soundfile.write(path, tone(), RATE)
+
+    def refuse(*_: object) -> np.ndarray:
+        raise MemoryError
+
+    monkeypatch.setattr(audio._Conditioner, "take", refuse)
+    with pytest.raises(AudioError, match="its 1 s don't fit into memory"):
+        decode(path)
 
 
 def test_eight_channels_are_averaged(tmp_path: Path) -> None:
@@ -113,6 +189,8 @@ def test_limits_are_checked_on_the_header(tmp_path: Path) -> None:
         read_header(path, AudioLimits(max_seconds=1.0))
     with pytest.raises(AudioError, match="2 channels"):
         read_header(path, AudioLimits(max_channels=1))
+    with pytest.raises(AudioError, match="32000 samples in 2 channels; at most 63999"):
+        decode(path, AudioLimits(max_samples=63_999))
 
 
 @settings(deadline=None, max_examples=30)

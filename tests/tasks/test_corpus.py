@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import soundfile
@@ -12,7 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from goldcrest.cluster.api import InputError
-from goldcrest.tasks.data.corpus import corpus_name, read_corpora, read_corpus
+from goldcrest.tasks.data.corpus import (
+    corpus_name,
+    read_corpora,
+    read_corpus,
+    refuse_shared_audio,
+)
 
 
 def touch(root: Path, *names: str) -> Path:
@@ -124,6 +132,8 @@ def test_two_corpora_of_one_name_stay_apart(tmp_path: Path) -> None:
         ({"file_name": "/etc/passwd.wav"}, "lies outside"),
         ({"file_name": "a.wav", "speaker": ["s"]}, "field 'speaker' is list"),
         ("[" * 100_000, "not a line of UTF-8 JSON"),
+        ('{"file_name": ' + "9" * 5_000 + "}", "not a line of UTF-8 JSON"),
+        ({"file_name": "a.wav", "speaker": "\ud800"}, "field 'speaker' holds half a surrogate"),
     ],
 )
 def test_wrong_metadata_names_file_and_line(tmp_path: Path, row: object, words: str) -> None:
@@ -177,8 +187,72 @@ def test_a_saved_dataset(tmp_path: Path) -> None:
     )
     table.save_to_disk(str(tmp_path / "saved"))
     (found,) = read_corpora((str(tmp_path / "saved"),))
-    assert found.data == sound.read_bytes()
     assert found.speaker == "ann"
+    assert found.source() == sound.read_bytes()
+    assert not isinstance(found.data, bytes)  # it stays in its table until it is asked for
+    assert found.in_memory().data == sound.read_bytes()
+
+
+def saved_dataset(folder: Path, *contents: bytes) -> str:
+    import datasets
+
+    rows = [{"bytes": data, "path": f"{number}.wav"} for number, data in enumerate(contents)]
+    datasets.Dataset.from_dict({"audio": rows}).save_to_disk(str(folder))
+    return str(folder)
+
+
+@pytest.mark.parametrize("other", ["same", "link", "prefixed", "a split of what has none"])
+def test_a_saved_dataset_in_two_corpora_is_refused(tmp_path: Path, other: str) -> None:
+    saved = saved_dataset(tmp_path / "saved", b"RIFF")
+    (tmp_path / "link").symlink_to(saved)
+    second = {
+        "same": saved,
+        "link": str(tmp_path / "link"),
+        "prefixed": f"datasets://{saved}",
+        "a split of what has none": f"datasets://{saved}:test",
+    }[other]
+    with pytest.raises(InputError, match="in two corpora") as error:
+        read_corpora((saved, second))
+    assert f"also given as {saved}" in error.value.message
+
+
+def test_a_dataset_of_the_hub_in_two_corpora_is_refused() -> None:
+    with pytest.raises(InputError, match="org/x:train is in two corpora"):
+        read_corpora(("datasets://org/x", "datasets://org/x:train"))
+    with pytest.raises(InputError, match="can't be loaded"):  # another split is another corpus
+        read_corpora(("datasets://no/x:test", "datasets://no/x"))
+
+
+def test_two_splits_of_a_saved_dataset_are_two_corpora(tmp_path: Path) -> None:
+    import datasets
+
+    def split(data: bytes) -> Any:
+        return datasets.Dataset.from_dict({"audio": [{"bytes": data, "path": "a.wav"}]})
+
+    splits = {"train": split(b"RIFF1"), "test": split(b"RIFF2")}
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "saved"))
+    saved = str(tmp_path / "saved")
+    found = read_corpora((saved, f"datasets://{saved}:test"))
+    assert [r.source() for r in found] == [b"RIFF1", b"RIFF2"]
+    with pytest.raises(InputError, match="in two corpora"):
+        read_corpora((saved, f"datasets://{saved}:train"))
+
+
+def test_one_recording_in_two_datasets_is_found_by_its_content(tmp_path: Path) -> None:
+    train = read_corpora((saved_dataset(tmp_path / "a", b"RIFF1", b"RIFF2", b"RIFF345"),))
+    same = read_corpora((saved_dataset(tmp_path / "b", b"other", b"RIFF2"),))
+    with pytest.raises(InputError, match="a/00000001 would be trained on, but b/00000001 is"):
+        refuse_shared_audio(train, same)
+    refuse_shared_audio(train, read_corpora((saved_dataset(tmp_path / "c", b"RIFF6"),)))
+    refuse_shared_audio(train, [])
+
+
+def test_a_dataset_whose_audio_is_none_is_named(tmp_path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_dict({"audio": [7]}).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(InputError, match="saved row 0: 'audio' is int"):
+        read_corpora((str(tmp_path / "saved"),))
 
 
 def test_a_dataset_that_is_not_there(tmp_path: Path) -> None:
@@ -195,6 +269,77 @@ def test_any_bytes_as_metadata_raise_nothing_but_input_errors(tmp_path_factory, 
         assert all(r.corpus == "fuzz" for r in read_corpus(str(root), "fuzz"))
     except InputError as error:
         assert "metadata.jsonl" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("a\0.wav", "no file can be called so: embedded null byte"),
+        ("\ud800.wav", "no file can be called so"),
+        ("x" * 300 + ".wav", "can't be opened: File name too long"),
+        ("loop.wav", "no file can be called so|can't be opened"),
+    ],
+)
+def test_a_name_that_no_file_can_have_is_that_rows_problem(
+    tmp_path: Path, name: str, words: str
+) -> None:
+    root = touch(metadata(tmp_path / "n", {"file_name": "a.wav"}, {"file_name": name}), "a.wav")
+    (root / "loop.wav").symlink_to("loop.wav")
+    fine, bad = read_corpora((str(root),))
+    assert fine.problem is None
+    assert re.search(rf"metadata\.jsonl:2 but ({words})", bad.problem or "")
+    assert bad.id.encode().startswith(b"n/")
+
+
+def test_a_folder_that_is_closed_is_not_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Simulated: root, who may run the tests, reads everything."""
+    root = touch(tmp_path / "pack", "anna/1.wav", "bob/1.wav")
+    _close(monkeypatch, "scandir", "bob")
+    with pytest.raises(InputError, match="pack/bob can't be read: Permission denied"):
+        read_corpora((str(root),))
+
+
+def test_a_file_in_a_closed_folder_is_that_rows_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = touch(metadata(tmp_path / "m", {"file_name": "in/a.wav"}), "in/a.wav")
+    _close(monkeypatch, "stat", "a.wav")
+    (found,) = read_corpora((str(root),))
+    assert "metadata.jsonl:1 but can't be opened: Permission denied" in (found.problem or "")
+
+
+def _close(monkeypatch: pytest.MonkeyPatch, call: str, name: str) -> None:
+    """Make `os.<call>` refuse paths that end in `name`."""
+    plain = getattr(os, call)
+
+    def closed(path: Any = ".", *arguments: Any, **named: Any) -> Any:
+        if not isinstance(path, int) and os.fspath(path).endswith(name):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(path))
+        return plain(path, *arguments, **named)
+
+    monkeypatch.setattr(os, call, closed)
+
+
+_NAMES = st.text(st.characters(), max_size=20) | st.sampled_from(["../a", "a/../", "x" * 300, "~"])
+
+
+@settings(deadline=None, max_examples=150)
+@given(name=_NAMES, speaker=st.none() | st.integers() | st.text(st.characters(), max_size=5))
+def test_any_name_in_metadata_is_read_refused_or_that_rows_problem(
+    tmp_path_factory: pytest.TempPathFactory, name: str, speaker: object
+) -> None:
+    root = tmp_path_factory.mktemp("names")
+    metadata(root, {"file_name": f"{name}a.wav", "speaker": speaker})
+    try:
+        (found,) = read_corpora((str(root),))
+    except InputError as error:
+        assert "metadata.jsonl:1" in str(error)
+        return
+    assert found.problem is not None  # the folder holds no audio
+    for text in (found.id, found.problem, found.speaker or "", str(found.path)):
+        text.encode("utf-8")  # goes into Parquet
 
 
 def test_names_of_corpora() -> None:

@@ -222,6 +222,8 @@ def test_errors_say_what_is_wrong() -> None:
         quantize_ecapa(model, [])
     with pytest.raises(ValueError, match="cannot skip nowhere"):
         quantize_ecapa(model, batches(), Settings(skip_names=("nowhere",)))
+    with pytest.raises(ValueError, match=r"did you mean 'pooling.reduce'\?"):
+        quantize_ecapa(model, batches(), Settings(skip_names=("pooling.reduse",)))
     quantized = quantize_ecapa(model, batches(), Settings(weights="rtn"))
     tensors = quantized.tensors()
     del tensors["layers.0.leave.gain"]

@@ -224,6 +224,10 @@ def test_layers_that_cannot_be_pruned_are_named() -> None:
     toy, calibrate, _ = toy_and_calibration()
     assert model.prunable(toy) == NAMES
     assert model.prunable(toy, skip=["last"]) == ["first", "grouped"]
+    with pytest.raises(ValueError, match=r"no layer is called 'frist'.*did you mean 'first'\?"):
+        model.prunable(toy, skip=["last", "frist"])
+    with pytest.raises(ValueError, match="layers: first, grouped, last"):
+        model.prunable(toy, skip=["xyzzy"])
     toy.unused = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="'unused'"):
         model.prune_model(toy, ["unused"], calibrate, "wanda", 0.5, None)
