@@ -140,7 +140,7 @@ _ROWS = pa.schema(
 )
 
 
-@task(cpus=0, timeout="12h")
+@task(cpus=0, timeout="12h", version=2)
 def features(cfg: FeatureConfig, corpus: Artifact, out: Output) -> None:
     """Extract MFCC and filterbanks of every utterance and augmented copy."""
     facts = corpus.table("facts")

@@ -123,7 +123,7 @@ class _Job:
     voices: Sequence[synthetic.Voice] = ()
 
 
-@task(cpus=0, retry_on=(OSError,), timeout="12h")
+@task(cpus=0, retry_on=(OSError,), timeout="12h", version=2)
 def prepare(cfg: PrepareConfig, out: Output) -> None:
     """Read, check, resample, cut and split the corpora (see the module docstring)."""
     jobs, expected = (_corpus_jobs if cfg.paths else _embedded_jobs)(cfg, out.seed)
