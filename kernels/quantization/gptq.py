@@ -6,9 +6,9 @@ Quantization for Generative Pre-trained Transformers", ICLR 2023, algorithm 1.
     for j = 0..D-1:   e = (W_j - s q_j) / U_jj,   q_j = round(W_j / s),   W_:,k>j -= e U_jk
 
 U is the upper Cholesky factor of H^-1, H = 2 X X^T + lambda I; corrections beyond a block are
-applied once per block. `recursion` is that loop for any grid (the groups of
-`weight_only.gptq` use it too); `quantize` runs it on the symmetric grid per output channel of
-`int8`, taken from the weight before any correction, where 0 is exact, so pruned weights stay pruned.
+applied once per block. `recursion` is that loop for any grid (the groups of `weight_only.gptq` use
+it too); `quantize` runs it on the symmetric grid per output channel of `int8`, taken from the
+weight before any correction; on it 0 is exact, so pruned weights stay pruned.
 
 R rows (output channels)   D columns (inputs)
 """

@@ -159,10 +159,13 @@ def of_module(
         keep: about how many tokens of each input are kept, evenly spaced; H sees them all.
 
     Raises:
-        ValueError: a name that is not a linear layer, inputs that are not finite, no samples.
+        ValueError: a name that is not a linear layer, inputs that are not finite, no samples, or
+            another number of targets.
     """
     if samples < 1:
         raise ValueError("there are no calibration samples")
+    if targets is not None and len(targets) != samples:
+        raise ValueError(f"there are {len(targets)} targets for {samples} calibration samples")
     modules = dict(module.named_modules())
     layers: dict[str, nn.Linear | Conv1D] = {}
     for name in (name for names in sets for name in names):

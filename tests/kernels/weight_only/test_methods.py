@@ -136,6 +136,8 @@ def test_blocks_that_make_no_sense_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             of_module(module, lambda call, i: call(hidden[i]), count, sets=sets)
+    with pytest.raises(ValueError, match="11 targets for 12"):
+        of_module(module, lambda call, i: call(hidden[i]), 12, sets=SETS, targets=hidden[:11])
     module.extra = nn.Linear(3, 3)
     with pytest.raises(ValueError, match="'extra' was not reached"):
         of_module(module, lambda call, i: call(hidden[i]), 12, sets=(*SETS, ("extra",)))

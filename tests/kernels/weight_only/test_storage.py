@@ -172,6 +172,18 @@ def test_gptq_words_by_hand() -> None:
     assert second["qzeros"][0, 0].item() & 0xFFFFFFFF == 0x88888888
 
 
+def test_gptq_three_bit_codes_cross_words() -> None:
+    """Code 10 begins at bit 30: of 0b101 the low two bits end word 0, the high bit begins word 1."""
+    codes = torch.zeros(32, 32, dtype=torch.uint8)
+    codes[0, 10] = 0b101
+    given_ = QuantizedWeight(
+        codes=codes, scales=torch.ones(32, 1), zero_points=torch.full((32, 1), 4).byte(),
+        bits=3, group_size=32,
+    )  # fmt: skip
+    words = gptq_layout.to_gptq(given_)["qweight"][:, 0]
+    assert [word & 0xFFFFFFFF for word in words.tolist()] == [0b01 << 30, 0b1, 0]
+
+
 def test_gptq_refuses_what_it_cannot_hold() -> None:
     positive = round_to_grid(torch.rand(32, 32) + 1, GridSettings())
     with pytest.raises(ValueError, match="zero point 0"):
