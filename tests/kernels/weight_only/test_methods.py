@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from goldcrest.kernels import weight_only
 from goldcrest.kernels.weight_only import folding, sensitivity
@@ -104,6 +105,17 @@ def test_block_of_a_module_sees_what_its_layers_see() -> None:
     mask = torch.arange(10)[None] < torch.tensor([[4]] * 12)
     masked = of_module(module, lambda call, i: call(hidden[i]), 12, sets=SETS, mask=mask)
     assert masked.tokens == 48
+
+
+def test_block_of_a_transposed_linear_layer() -> None:
+    """GPT-2's Conv1D keeps (inputs, outputs); its weight in the block is (outputs, inputs)."""
+    layer_ = Conv1D(6, 4)
+    x = torch.randn(3, 5, 4)
+    block = of_module(layer_, lambda call, i: call(x[i]), 3, sets=(("",),))
+    assert torch.equal(block.weights[""], layer_.weight.t())
+    other = torch.randn(6, 4)
+    got = block.forward({"": other}, torch.arange(3))
+    torch.testing.assert_close(got, x @ other.t() + layer_.bias)
 
 
 def test_batches_are_seeded_epochs() -> None:

@@ -173,7 +173,7 @@ def test_gptq_words_by_hand() -> None:
 
 
 def test_gptq_three_bit_codes_cross_words() -> None:
-    """Code 10 begins at bit 30: of 0b101 the low two bits end word 0, the high bit begins word 1."""
+    """Code 10 begins at bit 30: of 0b101, two bits end word 0 and the high one begins word 1."""
     codes = torch.zeros(32, 32, dtype=torch.uint8)
     codes[0, 10] = 0b101
     given_ = QuantizedWeight(
