@@ -105,7 +105,7 @@ def test_every_module_says_what_it_is() -> None:
     assert not silent
 
 
-@pytest.mark.parametrize("family", ["clustering", "margin", "sparsity"])
+@pytest.mark.parametrize("family", ["clustering", "margin", "sparsity", "weight_only"])
 def test_every_method_of_a_family_is_in_the_contract_of_independence(family: str) -> None:
     module = importlib.import_module(f"goldcrest.kernels.{family}")
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
