@@ -15,6 +15,7 @@ import contextlib
 import logging
 import os
 import shlex
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,6 +39,17 @@ _POLL = 0.5  # seconds between two looks at a job's state
 _TRIES = 5  # connections lost in a row before following is given up
 # How Ray stops a job: as Ctrl-C does, with time to end in good order (Ray's own: SIGTERM, 3 s).
 _STOP_GENTLY = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "20"}
+
+
+def heed_the_stop_signal() -> None:
+    """In a job that is stopped by SIGINT: take it for Ctrl-C, also where it was ignored.
+
+    A shell lets what it starts in the background ignore SIGINT, and that is inherited: on a cluster
+    whose `ray start` ran so, a job would not notice that it is stopped and be killed in the end.
+    """
+    asked = os.environ.get("RAY_JOB_STOP_SIGNAL") == "SIGINT"
+    if asked and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @dataclass(frozen=True, kw_only=True)

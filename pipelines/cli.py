@@ -11,6 +11,7 @@ neither Ray nor torch nor MLflow.
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Sequence
 from enum import StrEnum
@@ -250,6 +251,10 @@ def version(json_file: JsonOption = None) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script and of `python -m goldcrest`."""
+    if "RAY_JOB_STOP_SIGNAL" in os.environ:
+        from goldcrest.cluster.jobs import heed_the_stop_signal
+
+        heed_the_stop_signal()
     app(args=None if arguments is None else list(arguments), prog_name="goldcrest")
 
 

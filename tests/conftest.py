@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.cluster.dashboard_cluster import DashboardCluster, dashboard_cluster
+from tests.end_to_end.command_line import SmallRun, goldcrest
 from tests.reliability import Tally
 
 if TYPE_CHECKING:
@@ -93,6 +96,21 @@ def speaker_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]
     yield server
     if server.process.poll() is None:
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def small_run(_private_cache: None, tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
+    """One whole run of the speaker pipeline by the command line, as small as the notebooks' one.
+
+    The end-to-end tests look at it, and the notebooks find its steps in its store.
+    """
+    folder = tmp_path_factory.mktemp("run")
+    shutil.copy(Path(__file__).parents[1] / "notebooks" / "small.yaml", folder)
+    done = goldcrest(
+        *("run", "speaker", "--config", "small.yaml", "--store", "store", "--json", "run.json"),
+        cwd=folder,
+    )
+    return SmallRun(folder, json.loads((folder / "run.json").read_text()), done.stdout)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -59,7 +60,9 @@ sys.exit(7)
 
 def test_a_stopped_job_ends_as_after_ctrl_c(jobs: Jobs, package: Package) -> None:
     code = """
-import time
+import signal, time
+# Ours heeds it too where a shell in the background has had it ignored (heed_the_stop_signal).
+signal.signal(signal.SIGINT, signal.default_int_handler)
 print("begun", flush=True)
 try:
     time.sleep(60)
@@ -79,6 +82,26 @@ except KeyboardInterrupt:
     assert ended.state == "STOPPED"
     assert exit_code(ended) == 130
     assert "".join(said).endswith("begun\nput away\n")
+
+
+@pytest.mark.parametrize("heeded", [True, False])
+def test_a_job_heeds_the_stop_signal_that_a_background_shell_ignores(heeded: bool) -> None:
+    code = """
+import os, signal
+from goldcrest.cluster.jobs import heed_the_stop_signal
+heed_the_stop_signal()
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    print("ignored")
+except KeyboardInterrupt:
+    print("heeded")
+"""
+    environment = os.environ | ({"RAY_JOB_STOP_SIGNAL": "SIGINT"} if heeded else {})
+    done = subprocess.run(
+        [PYTHON, "-c", f"import signal\nsignal.signal(2, signal.SIG_IGN)\n{code}"],
+        env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == ("heeded\n" if heeded else "ignored\n")
 
 
 def test_a_job_that_is_not_there(jobs: Jobs) -> None:

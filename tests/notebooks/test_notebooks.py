@@ -1,7 +1,8 @@
 """Every notebook runs from top to bottom in a fresh process, keeps no outputs that lie, and leaves
 neither processes nor files behind.
 
-They share a store, as a reader's do: the first one to run makes what the others find there.
+They share a store, as a reader's do, and find in it what the run of the end-to-end tests has made
+with the same settings; in the long form the first one also fills an empty store.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from typing import Any
 
 import psutil
 import pytest
+
+from tests.end_to_end.command_line import SmallRun
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -47,12 +50,6 @@ def files() -> set[Path]:
     found = {*ROOT.iterdir(), *(ROOT / "notebooks").iterdir()}
     made_by_others = re.compile(r"build|.*cache(__)?")
     return {path for path in found if not made_by_others.fullmatch(path.name)}
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The store of all notebooks."""
-    return tmp_path_factory.mktemp("notebooks") / "store"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -88,7 +85,20 @@ def test_the_sweep_of_the_notebook_may_start(
         for path in NOTEBOOKS
     ],
 )
-def test_a_notebook_runs(path: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_notebook_runs(path: Path, small_run: SmallRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    execute(path, small_run.folder / "store", monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_first_notebook_fills_an_empty_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    execute(NOTEBOOKS[0], tmp_path / "store", monkeypatch)
+
+
+def execute(path: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a notebook on a store; nothing may be left of it but what is in the store."""
     from nbclient import NotebookClient
 
     monkeypatch.setenv("GOLDCREST_STORE", str(store))
