@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import json, sys
@@ -96,6 +98,7 @@ cluster.shutdown()
 """
 
 
+@pytest.mark.slow  # placement of one step is in tests/cluster/test_runtime.py and test_profile.py
 def test_with_a_bucket_the_workers_of_a_step_stay_on_its_node(tmp_path: Path) -> None:
     """And no such step begins on the head, which offers no core to them."""
     found = ended(BUCKET, tmp_path, GOLDCREST_CACHE=str(tmp_path / "cache-driver"))
