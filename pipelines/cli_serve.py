@@ -95,10 +95,10 @@ def serve(
                 "replicas": least,
                 "max_replicas": most,
                 "demo": demo,
-                "models": {"file": str(state.absolute() / MODELS)},
             },
             overrides=override or (),
         )
+        settings = with_models_file(settings)
         choice = _choice(bundle, store, threshold, far)
         check(settings, choice, host)
         if write_config is not None:
@@ -111,6 +111,14 @@ def serve(
 
         foreground = _Foreground(answer, settings, look, json_file=json_file)
         foreground.run(_profile(profile), host=host, port=port, choice=choice)
+
+
+def with_models_file(settings: SpeakerSettings) -> SpeakerSettings:
+    """The settings with an absolute state folder, and replicas told of the file there that names
+    their bundles: also where `-o state_folder=...` has moved it."""
+    folder = settings.state_folder.absolute()
+    models = {"file": str(folder / MODELS)}
+    return settings.model_copy(update={"state_folder": folder, "models": models})
 
 
 def _profile(given: str | None) -> Profile:

@@ -146,3 +146,16 @@ def test_help_needs_neither_ray_nor_torch() -> None:
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_moved_state_folder_takes_the_list_of_models_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replicas read it in a working directory of their own, so the name is absolute."""
+    from goldcrest.pipelines.cli_serve import MODELS, with_models_file
+    from goldcrest.pipelines.endpoints.speaker import SpeakerSettings
+
+    monkeypatch.chdir(tmp_path)
+    moved = with_models_file(SpeakerSettings(state_folder=Path("elsewhere")))
+    assert moved.state_folder == tmp_path / "elsewhere"
+    assert moved.models == {"file": str(tmp_path / "elsewhere" / MODELS)}
