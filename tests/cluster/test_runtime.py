@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 
 from goldcrest.cluster import training
 from goldcrest.cluster.api import Output, Runtime, StepError, TrainingConfig
-from goldcrest.cluster.runtime import LocalRuntime, Piece, RayRuntime, cut, seed_everything
+from goldcrest.cluster.pieces import Piece, cut
+from goldcrest.cluster.runtime import LocalRuntime, RayRuntime, seed_everything
 from tests.cluster.engine_steps import (
     CrashOnBatch,
     Doubler,
