@@ -1,0 +1,1 @@
+"""Language models as the compression methods see them: stacks of blocks, and what feeds what."""

@@ -1,0 +1,74 @@
+"""The stacks of blocks that a transformer is made of, whatever its architecture.
+
+A stack is an outermost `nn.ModuleList` whose entries hold linear layers: `model.layers` of Llama,
+`transformer.h` of GPT-2, `encoder.block` and `decoder.block` of T5, `encoder.layer` of BERT. Names
+are those of the architecture; no table of architectures has to be kept.
+
+Linear layers outside of blocks (embeddings, the head) are left to whoever wants them: pruning and
+4-bit quantization leave them alone (spec "sparse fine-tuning", section 3.2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+LINEAR_TYPES = (nn.Linear, Conv1D)
+"""Layers that multiply by a matrix; GPT-2's `Conv1D` stores it transposed."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer block: its name in the model, and the module."""
+
+    name: str
+    module: nn.Module
+
+    def linears(self) -> list[str]:
+        """Full names of the linear layers inside, in module order."""
+        return [
+            f"{self.name}.{name}"
+            for name, module in self.module.named_modules()
+            if isinstance(module, LINEAR_TYPES)
+        ]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Blocks that follow one another: the encoder, the decoder, or the whole of a causal model."""
+
+    name: str
+    blocks: tuple[Block, ...]
+
+
+def stacks(model: nn.Module) -> list[Stack]:
+    """The model's stacks in module order, an encoder before its decoder.
+
+    Raises ValueError for a model without one, naming its class.
+    """
+    found: list[Stack] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{stack.name}.") for stack in found)
+        if isinstance(module, nn.ModuleList) and not inside and _holds_linears(module):
+            blocks = tuple(Block(f"{name}.{index}", each) for index, each in enumerate(module))
+            found.append(Stack(name, blocks))
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no list of blocks with linear layers: not a transformer "
+            "that can be compressed block by block"
+        )
+    return found
+
+
+def block_linears(model: nn.Module) -> list[str]:
+    """Names of every linear layer inside the model's blocks, stack by stack."""
+    return [name for stack in stacks(model) for block in stack.blocks for name in block.linears()]
+
+
+def _holds_linears(modules: nn.ModuleList) -> bool:
+    """Whether every entry holds a linear layer: a list of norms or of convolutions is no stack."""
+    return len(modules) > 0 and all(
+        any(isinstance(each, LINEAR_TYPES) for each in entry.modules()) for entry in modules
+    )
