@@ -36,11 +36,11 @@ from goldcrest.cluster.placement import own_resources, task_options
 from goldcrest.cluster.plan import Plan, PlannedStep, make_plan
 from goldcrest.cluster.profile import (
     Profile,
-    attach,
     beside_its_workers,
     check_placement,
     running_nodes,
 )
+from goldcrest.cluster.ray_session import attach, leave
 from goldcrest.cluster.run_record import (
     EventFile,
     Notifier,
@@ -166,8 +166,6 @@ class _Driver:
                 self._change(planned, "waiting")
         if not self.plan.to_run:
             return
-        import ray
-
         mode = attach(profile)
         try:
             check_placement(
@@ -183,8 +181,7 @@ class _Driver:
             self._cancel()
             raise
         finally:
-            if mode != "attached":
-                ray.shutdown()
+            leave(mode)
 
     def _check_store(self) -> None:
         """Every node must see the store; which do not see the run's folder is told."""

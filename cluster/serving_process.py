@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from goldcrest.cluster.errors import GoldcrestError, InputError
-from goldcrest.cluster.profile import Profile, attach
+from goldcrest.cluster.profile import Profile
+from goldcrest.cluster.ray_session import attach, leave
 from goldcrest.cluster.serving_gate import is_loopback
 
 APPLICATION = "goldcrest"
@@ -67,7 +68,6 @@ def serving(profile: Profile, *, host: str, port: int) -> Iterator[Serving]:
     port = free_port(host, port)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     mode = attach(profile)
-    import ray
     from ray import serve
 
     try:
@@ -87,7 +87,7 @@ def serving(profile: Profile, *, host: str, port: int) -> Iterator[Serving]:
             serve.shutdown()
     finally:
         if mode == "started":
-            ray.shutdown()
+            leave(mode)
 
 
 def check_room(replicas: int, *, cpus: float, gpus: float) -> None:

@@ -39,7 +39,8 @@ from goldcrest.cluster.events import (
 )
 from goldcrest.cluster.masking import is_secret_name, mask_secrets
 from goldcrest.cluster.plan import Plan, pipeline_name
-from goldcrest.cluster.profile import Profile, attach, check_placement, running_nodes
+from goldcrest.cluster.profile import Profile, check_placement, running_nodes
+from goldcrest.cluster.ray_session import attach, leave
 from goldcrest.cluster.report import write_text
 from goldcrest.cluster.run_record import EventFile, Notifier
 from goldcrest.cluster.sweep_plan import SweepOptions, SweepPlan, plan_sweep
@@ -136,8 +137,6 @@ class _Sweep:
 
     def execute(self) -> SweepResult:
         """Attach to Ray, let Tune run the trials, write down what came of them."""
-        import ray
-
         mode = attach(self.profile)
         try:
             check_placement(
@@ -152,8 +151,7 @@ class _Sweep:
             self._finish(Failure(step=None, message=error.message, hint=error.hint))
             raise
         finally:
-            if mode != "attached":
-                ray.shutdown()
+            leave(mode)
         result = self._finish(self.monitor.fault if self.monitor else None)
         if result.status == "interrupted":
             raise SweepInterrupted(result)

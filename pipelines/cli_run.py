@@ -50,7 +50,7 @@ def execute(
     run_id: str | None,
 ) -> None:
     """Run the pipeline with progress, report and tracking; fill in the answer; print the end."""
-    from goldcrest.cluster.profile import inside_job
+    from goldcrest.cluster.ray_session import inside_job
     from goldcrest.cluster.run import run
 
     if inside_job() and Path(store.uri).is_relative_to(Path.cwd()):

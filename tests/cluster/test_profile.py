@@ -9,14 +9,12 @@ from pydantic import Field, ValidationError
 
 from goldcrest.cluster.api import Config, InputError, Resources, TrainingConfig
 from goldcrest.cluster.dag import Step, walk
-from goldcrest.cluster.errors import GoldcrestError
 from goldcrest.cluster.keys import Fingerprints
 from goldcrest.cluster.placement import NODE_ID, asked, own_resources, task_options
 from goldcrest.cluster.profile import (
     NodeKind,
     Profile,
     StepResources,
-    attach,
     beside_its_workers,
     check_placement,
     lacking,
@@ -219,44 +217,6 @@ def test_options_are_what_ray_calls_them() -> None:
     }
 
 
-def test_a_running_ray_is_used_as_it_is(ray_cluster: None) -> None:
-    assert attach(Profile()) == "attached"
+def test_running_nodes_are_seen(ray_cluster: None) -> None:
     (node,) = running_nodes()
     assert (node.cpus, node.gpus) == (2, 0)
-
-
-def test_a_ray_that_starts_too_slowly_gets_a_second_try_and_then_a_sentence(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    import ray
-
-    tried: list[str] = []
-
-    def slow(**arguments: object) -> None:
-        """What ray.init does on a machine that is too busy."""
-        tried.append(str(arguments["address"]))
-        raise Exception("The current node timed out during startup. This could happen ...")
-
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "init", slow)
-    monkeypatch.setattr(ray, "shutdown", lambda: None)
-    with pytest.raises(GoldcrestError, match=r"did not start in time.*calmer"):
-        attach(Profile())
-    assert tried == ["local", "local"]
-
-
-@pytest.mark.parametrize("address", ["local", "10.0.0.1:6379"])
-def test_inside_a_job_it_is_always_the_job_s_cluster(
-    monkeypatch: pytest.MonkeyPatch, address: str
-) -> None:
-    """A second Ray inside a job's node, as the profile `laptop` asks for, is never meant."""
-    from goldcrest.cluster import profile
-
-    seen: list[str] = []
-    monkeypatch.setattr("ray.is_initialized", lambda: False)
-    monkeypatch.setattr(
-        profile, "_start", lambda arguments, tries: seen.append(arguments["address"])
-    )
-    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
-    assert attach(Profile.model_validate({"ray": {"address": address}})) == "joined"
-    assert seen == ["auto"]

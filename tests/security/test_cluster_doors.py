@@ -20,7 +20,8 @@ import pytest
 
 from goldcrest.cluster import doctor
 from goldcrest.cluster.jobs import Jobs
-from goldcrest.cluster.profile import Profile, attach
+from goldcrest.cluster.profile import Profile
+from goldcrest.cluster.ray_session import attach
 from tests.cluster.dashboard_cluster import DashboardCluster
 
 PYTHON = sys.executable
@@ -120,11 +121,11 @@ def test_an_open_dashboard_is_a_loud_failure(open_door: str) -> None:
 def test_a_ray_of_ours_asks_for_a_token_and_says_so_where_it_does_not(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from goldcrest.cluster import profile
+    from goldcrest.cluster import ray_session
 
     started: list[object] = []
     monkeypatch.setattr("ray.is_initialized", lambda: False)
-    monkeypatch.setattr(profile, "_start", lambda arguments, tries: started.append(arguments))
+    monkeypatch.setattr(ray_session, "_start", lambda arguments, tries: started.append(arguments))
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     attach(Profile())
     assert capsys.readouterr().err == ""
