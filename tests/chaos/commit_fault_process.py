@@ -1,7 +1,8 @@
 """Computes one key while a fault strikes at its n-th file operation; run as a script.
 
-    commit_fault_process.py URI FAULT    FAULT is kill, full or bucket-kill
+    commit_fault_process.py URI FAULT MORE    FAULT is kill, full or bucket-kill
 
+The artifact has two files and MORE further ones, each in a folder of its own.
 For n = 0, 1, 2, ... a forked child works on `URI/n` until one gets through undisturbed. Prints a
 line of JSON per child: {"n", "operation", "status"}, where `status` is "killed", "done", or the
 name and text of the error.
@@ -22,7 +23,7 @@ KEY = hashlib.sha256(b"chaos").hexdigest()
 CHANGES = {"os.mkdir", "os.rename", "os.link", "os.utime", "os.remove", "os.rmdir", "open"}
 
 
-def compute(store):
+def compute(store, more):
     """What a worker does with a key."""
     with store.lease(KEY, owner="victim", ttl=3600.0) as lease:
         if store.find(KEY) is None:
@@ -31,6 +32,9 @@ def compute(store):
             (folder / "deep").mkdir()
             (folder / "a.txt").write_text("alpha")
             (folder / "deep" / "b.txt").write_text("beta")
+            for number in range(more):
+                (folder / f"{number}").mkdir()
+                (folder / f"{number}" / "c.txt").write_text("gamma")
             store.commit(KEY, folder, {"step": "x"}, lease)
         store.drop_scratch(KEY)
 
@@ -91,7 +95,7 @@ def watch_bucket(strike):
         wrap(name)
 
 
-def victim(uri, fault, n, pipe):
+def victim(uri, fault, more, n, pipe):
     """The child."""
     store = Store.open(uri)
     strike = Strike(n, fault, pipe)
@@ -100,7 +104,7 @@ def victim(uri, fault, n, pipe):
     else:
         watch_files(str(store.root), strike)
     try:
-        compute(store)
+        compute(store, more)
         status = "done"
     except StoreError as error:
         status = f"StoreError: {error}"
@@ -109,16 +113,16 @@ def victim(uri, fault, n, pipe):
     os.write(pipe, b"=" + status.encode() + b"\n")
 
 
-def main(uri, fault):
+def main(uri, fault, more):
     """Strike everywhere."""
     warm = Store.open(f"{uri}/warm")  # imports and caches happen before the first count
-    compute(warm)
-    for n in range(1000):
+    compute(warm, int(more))
+    for n in range(2000):
         reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
             try:
-                victim(f"{uri}/{n}", fault, n, writer)
+                victim(f"{uri}/{n}", fault, int(more), n, writer)
             finally:
                 os._exit(0)
         os.close(writer)

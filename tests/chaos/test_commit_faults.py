@@ -18,6 +18,7 @@ import pytest
 from goldcrest.cluster.store import Store
 
 KEY = hashlib.sha256(b"chaos").hexdigest()
+LONG = (pytest.mark.slow, pytest.mark.timeout(1800))
 SCRIPT = Path(__file__).with_name("commit_fault_process.py")
 WORKER = """
 import os, sys
@@ -35,10 +36,13 @@ for number in range(10000):
 """
 
 
-def strike(uri, fault):
+def strike(uri, fault, more=0):
     """Run the script; its report, one row per point of the fault."""
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), uri, fault], capture_output=True, text=True, timeout=300
+        [sys.executable, str(SCRIPT), uri, fault, str(more)],
+        capture_output=True,
+        text=True,
+        timeout=1500,
     )
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
@@ -71,8 +75,10 @@ def check_promise(store):
 
 
 @pytest.mark.scenario("a commit is killed between any two file operations")
-def test_kill_between_any_two_file_operations(tmp_path, record_property):
-    rows = strike(str(tmp_path), "kill")
+@pytest.mark.parametrize("more", [0, *(pytest.param(n, marks=LONG) for n in range(10, 70, 10))])
+def test_kill_between_any_two_file_operations(tmp_path, record_property, more):
+    """The long form's artifacts have up to 62 files: more than a thousand points together."""
+    rows = strike(str(tmp_path), "kill", more)
     record_property("tried", len(rows) - 1)  # the last one ran undisturbed
     assert len(rows) > 20
     assert {row["status"] for row in rows[:-1]} == {"killed"}
@@ -98,10 +104,11 @@ def test_full_disk_at_any_file_operation(tmp_path, record_property):
 
 
 @pytest.mark.scenario("a commit to a bucket is killed around any operation")
-def test_kill_around_any_operation_on_a_bucket(tmp_path, monkeypatch, record_property):
+@pytest.mark.parametrize("more", [0, pytest.param(20, marks=LONG)])
+def test_kill_around_any_operation_on_a_bucket(tmp_path, monkeypatch, record_property, more):
     monkeypatch.setenv("GOLDCREST_CACHE", str(tmp_path / "cache"))
     uri = f"local://{tmp_path}/bucket"
-    rows = strike(uri, "bucket-kill")
+    rows = strike(uri, "bucket-kill", more)
     record_property("tried", len(rows) - 1)  # the last one ran undisturbed
     assert len(rows) > 20
     monkeypatch.setenv("GOLDCREST_CACHE", str(tmp_path / "another host"))

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -111,10 +111,14 @@ def test_a_killed_driver_is_continued_by_the_same_command(
     "the driver is killed or interrupted at two random moments, and the command repeated"
 )
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", range(12))
+@pytest.mark.parametrize("moment", range(25))
 def test_a_driver_killed_at_any_moment(
-    tmp_path: Path, undisturbed: Mapping[str, object], moment: int
+    tmp_path: Path,
+    undisturbed: Mapping[str, object],
+    moment: int,
+    record_property: Callable[[str, object], None],
 ) -> None:
+    record_property("tried", 2)
     store = tmp_path / "store"
     draw = random.Random(SEED + moment)
     for _ in range(2):
