@@ -1,0 +1,141 @@
+"""The language pipeline: text -> a dense language model -> sparse, INT8 and INT4 ones.
+
+    corpus -> tokenizer -> tokens -> pretrain -> finetune -> sparse_50, sparse_75, ... -> bundles
+                                                     \\-> int8, int4
+
+Pretraining has a corpus of its own where one is given, else it reads the task's. It can be the mere
+loading of a trained model (`pretrain.training: null`). INT8 and INT4 are made of the dense model, or
+of a sparse one (`int8_of: sparse_75`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+from pydantic import Field, model_validator
+
+from goldcrest.cluster import api
+from goldcrest.cluster.profile import StepResources
+from goldcrest.tasks.language.evaluate import EvaluateTextConfig, evaluate_text
+from goldcrest.tasks.language.finetune import FinetuneConfig, finetune
+from goldcrest.tasks.language.prepare import TextConfig, prepare_text
+from goldcrest.tasks.language.pretrain import PretrainConfig, pretrain
+from goldcrest.tasks.language.publish import PublishTextConfig, publish_text
+from goldcrest.tasks.language.quantize_int4 import Int4Config, quantize_int4
+from goldcrest.tasks.language.quantize_int8 import Int8Config, quantize_int8
+from goldcrest.tasks.language.sparse_finetune import (
+    LevelsConfig,
+    level_name,
+    sparse_finetune_text,
+)
+from goldcrest.tasks.language.tokenizer import TokenizerConfig, tokenizer
+from goldcrest.tasks.language.tokens import TokensConfig, tokens
+
+DESCRIPTION = "text to dense, sparse, INT8 and INT4 language models"
+
+
+class Config(api.Config):
+    """The configs of the steps, in the order of the chain; a part that is null is left out."""
+
+    seed: int = Field(0, ge=0, description="seed of every random choice in the run")
+    steps: dict[str, StepResources] = Field(
+        {},
+        description="patterns of step names -> resources and timeout in place of the tasks' own; "
+        "what a cluster profile says goes first",
+    )
+    corpus: TextConfig = Field(TextConfig(), description="the task: prompts and answers, or text")
+    pretrain_corpus: TextConfig | None = Field(
+        None, description="text to learn the language from; null: the task's own"
+    )
+    tokenizer: TokenizerConfig = Field(TokenizerConfig(), description="how text becomes tokens")
+    tokens: TokensConfig = Field(TokensConfig(), description="rows of tokens of the task")
+    pretrain_tokens: TokensConfig = Field(
+        TokensConfig(pack="everything"), description="rows of tokens of pretraining"
+    )
+    pretrain: PretrainConfig = Field(PretrainConfig(), description="the model, and its first training")
+    finetune: FinetuneConfig | None = Field(
+        FinetuneConfig(), description="dense training on the task; null: pretraining is all"
+    )
+    sparse: LevelsConfig | None = Field(
+        LevelsConfig(), description="sparsities, pruning and sparse fine-tuning"
+    )
+    int8: Int8Config | None = Field(Int8Config(), description="INT8 weights and activations")
+    int8_of: str = Field("dense", description="the model that becomes INT8: dense, sparse_75, ...")
+    int4: Int4Config | None = Field(Int4Config(), description="INT4 weights by a search of recipes")
+    int4_of: str = Field("dense", description="the model that becomes INT4: dense, sparse_75, ...")
+    evaluate: EvaluateTextConfig = Field(EvaluateTextConfig(), description="what is measured")
+    publish: PublishTextConfig = Field(PublishTextConfig(), description="the finished bundles")
+
+    @model_validator(mode="after")
+    def _one_family(self) -> Self:
+        family = self.pretrain.model.family
+        for name in ("tokens", "pretrain_tokens"):
+            made_for = getattr(self, name).family
+            if made_for != family and (name == "tokens" or self.pretrain.training is not None):
+                raise ValueError(
+                    f"{name}.family is {made_for}, but pretrain.model.family is {family}: rows of "
+                    "tokens are made for one kind of model"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _quantized_models_exist(self) -> Self:
+        levels = () if self.sparse is None else self.sparse.levels
+        known = ["dense", *(level_name(level) for level in levels)]
+        for name in ("int8_of", "int4_of"):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} is '{getattr(self, name)}'; models of this run: {', '.join(known)}"
+                )
+        return self
+
+
+def build(cfg: Config) -> list[Any]:
+    """Bind the chain; its ends are the finished bundles."""
+    corpus = prepare_text.bind(cfg.corpus, name="corpus", seed=cfg.seed)
+    raw = None
+    if cfg.pretrain_corpus is not None:
+        raw = prepare_text.bind(cfg.pretrain_corpus, name="pretrain_corpus", seed=cfg.seed)
+    more = {} if raw is None else {"pretrain_corpus": raw}
+    words = tokenizer.bind(cfg.tokenizer, corpus, **more)
+    rows = tokens.bind(cfg.tokens, corpus, words)
+    models = _models(cfg, rows, words, _pretraining_rows(cfg, corpus, raw, rows, words))
+    result = evaluate_text.bind(cfg.evaluate, corpus, rows, seed=cfg.seed, name="evaluate", **models)
+    return [
+        publish_text.bind(cfg.publish, node, result, name=f"bundle-{name}")
+        for name, node in models.items()
+    ]
+
+
+def _pretraining_rows(cfg: Config, corpus: Any, raw: Any, rows: Any, words: Any) -> Any:
+    """What pretraining reads: None where it only loads a model."""
+    if cfg.pretrain.training is None:
+        return None
+    if raw is None and cfg.pretrain_tokens == cfg.tokens:
+        return rows
+    source = corpus if raw is None else raw
+    return tokens.bind(cfg.pretrain_tokens, source, words, name="pretrain_tokens")
+
+
+def _models(cfg: Config, rows: Any, words: Any, pretraining: Any) -> dict[str, Any]:
+    """The models by the names of their bundles, the dense one first."""
+    dense = pretrain.bind(cfg.pretrain, words, pretraining, seed=cfg.seed)
+    if cfg.finetune is not None:
+        dense = finetune.bind(cfg.finetune, dense, rows, seed=cfg.seed)
+    models = {"dense": dense}
+    previous = None
+    for level in () if cfg.sparse is None else cfg.sparse.levels:
+        assert cfg.sparse is not None
+        name = level_name(level)
+        models[name] = sparse_finetune_text.bind(
+            cfg.sparse.step(level), dense, rows, previous, name=name, seed=cfg.seed
+        )
+        previous = models[name] if cfg.sparse.gradual else None
+    sources = dict(models)
+    if cfg.int8 is not None:
+        source = sources[cfg.int8_of]
+        models["int8"] = quantize_int8.bind(cfg.int8, source, rows, name="int8", seed=cfg.seed)
+    if cfg.int4 is not None:
+        source = sources[cfg.int4_of]
+        models["int4"] = quantize_int4.bind(cfg.int4, source, rows, name="int4", seed=cfg.seed)
+    return models
