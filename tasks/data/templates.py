@@ -96,4 +96,5 @@ def _as_text(value: Any, path: tuple[str, ...], separators: Sequence[str]) -> st
         return separators[0].join(_as_text(each, path, separators[1:]) for each in value)
     if isinstance(value, list):
         raise FieldError(f"field '{'.'.join(path)}' holds lists nested deeper than separators go")
-    raise FieldError(f"field '{'.'.join(path)}' is {type(value).__name__}, text was expected")
+    kind = "null" if value is None else type(value).__name__
+    raise FieldError(f"field '{'.'.join(path)}' is or holds {kind}, text was expected")

@@ -171,7 +171,7 @@ def _jsonl(
 
 def _json_row(line: str, number: int) -> Row:
     try:
-        row = json.loads(line, parse_constant=_refuse_constant)
+        row = _JSON.decode(line)
     except (ValueError, RecursionError) as error:  # also numbers of 5000 digits
         return Row(number, {}, f"not a line of JSON: {error}")
     if not isinstance(row, dict):
@@ -181,6 +181,9 @@ def _json_row(line: str, number: int) -> Row:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
+
+
+_JSON = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def _csv(file: TextFile, _: DocumentConfig, limit: int, __: Sequence[str] | None) -> Iterator[Row]:

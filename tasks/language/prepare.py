@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
 from typing import Annotated, Any, Self
 
 import pyarrow as pa
@@ -379,7 +378,7 @@ def _write(out: Output, split: Split, examples: Iterable[Example], count: _Count
     with out.shards(split) as shards:
         for example in examples:
             count.add(example)
-            waiting.append(asdict(example))
+            waiting.append({name: getattr(example, name) for name in SCHEMA.names})
             if len(waiting) == _TABLE_ROWS:
                 shards.write(pa.Table.from_pylist(waiting, schema=SCHEMA))
                 waiting.clear()

@@ -128,6 +128,10 @@ class HoldOut:
                 yield from self._release(len(self._missing))
                 return
             place -= share
+        if not self._missing:
+            self._trained = True
+            yield "train", item
+            return
         self._waiting.setdefault(key, []).append(item)
         if len(self._waiting[key]) > _HELD_ROWS:
             yield from self._train(key)
