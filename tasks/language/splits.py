@@ -21,7 +21,7 @@ from typing import Self
 
 from goldcrest.tasks.language.examples import Example, Split
 
-_HELD_ROWS = 10_000  # of one prompt; more of them are no longer kept in memory
+_HELD_ROWS = 10_000  # of one prompt, kept in memory until its side is known
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +134,7 @@ class HoldOut:
             return
         self._waiting.setdefault(key, []).append(item)
         if len(self._waiting[key]) > _HELD_ROWS:
-            yield from self._train(key)
+            self._missing.clear()  # one prompt is most of the corpus: no row can wait
         yield from self._release(len(self._missing))
 
     def close(self) -> Iterator[tuple[Split, Item]]:

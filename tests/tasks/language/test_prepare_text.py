@@ -45,10 +45,8 @@ def test_files_of_the_three_roles(tmp_path: Path, run_task: RunTask) -> None:
     )
     jsonl(root / "test.jsonl", pairs(2, first=50))
     corpus = run_task(prepare_text, config(root))
-    assert [(e.id, e.prompt, e.answer, e.references) for e in examples(corpus, "train")][0] == (
-        *("pack/train.jsonl:1", "what is 0?\n", "it is 0"),
-        (),
-    )
+    first = Example("pack/train.jsonl:1", "what is 0?\n", "it is 0")
+    assert examples(corpus, "train")[0] == first
     assert [(e.prompt, e.answer, e.references) for e in examples(corpus, "validation")] == [
         ("d\n", "one", ("one", "two")),
         ("e\n", "x", ("x",)),

@@ -82,7 +82,7 @@ def test_training_twice_gives_the_same_bytes(run_task: RunTask, corpus: Artifact
 def test_further_corpora_are_trained_on(
     run_task: RunTask, corpus: Artifact, tmp_path: Path
 ) -> None:
-    (tmp_path / "z.txt").write_text("zzzyzx zzzyzx\n\n" * 400)
+    (tmp_path / "z.txt").write_text("\n\n".join(f"{n} zzzyzx zzzyzx" for n in range(99)))
     cfg = TextConfig(paths=(str(tmp_path / "z.txt"),), documents={"min_bytes": 30})  # type: ignore[arg-type]
     more = run_task(prepare_text, cfg)
     made = load_tokenizer(

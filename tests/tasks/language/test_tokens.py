@@ -1,4 +1,4 @@
-"""From examples to rows of tokens: nothing is lost, everything is predicted once, all is counted."""
+"""From examples to rows of tokens: nothing is lost, all is predicted once and counted."""
 
 from __future__ import annotations
 
