@@ -116,7 +116,7 @@ def quantize(
         raise ValueError("quantization needs at least one calibration batch")
     model.eval()
     use_attention(model)
-    _untie_head(model)
+    _untie(model)
     attentions = attention_names(model, batches[0]) if settings.attention else []
     linears = [name for name, each in model.named_modules() if isinstance(each, LINEAR_TYPES)]
     _check_names([*linears, *attentions], settings.skip_names)
@@ -281,11 +281,18 @@ def _head(model: PreTrainedModel) -> nn.Module | None:
     return head
 
 
-def _untie_head(model: PreTrainedModel) -> None:
-    """Give the head a weight of its own: it is rounded by GPTQ, the embedding row by row."""
+def _untie(model: PreTrainedModel) -> None:
+    """Give the head a weight of its own: it is rounded by GPTQ, the embedding row by row.
+
+    Nothing may tie them again either: the library would give the head the embedding's codes.
+    """
     head = _head(model)
     if isinstance(head, nn.Linear):
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module._tied_weights_keys = {}
+            module.all_tied_weights_keys = {}
 
 
 def _quantize_embedding(model: PreTrainedModel) -> list[dict[str, Any]]:
@@ -334,7 +341,7 @@ def install(model: PreTrainedModel, description: Mapping[str, Any]) -> None:
     what `state` gave. Raises ValueError where the description names what the model does not have.
     """
     use_attention(model)
-    _untie_head(model)
+    _untie(model)
     try:
         for item in description["embeddings"]:
             old = model.get_submodule(item["names"][0])
