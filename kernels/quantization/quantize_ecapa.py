@@ -227,11 +227,11 @@ def _smooth(model: EcapaTdnn, seen: dict[str, Seen], settings: Settings) -> None
     produced, consumed = smoothing.Produced, smoothing.Consumed
     channels, scale = model.settings.channels, model.settings.scale
     width = channels // scale
-    stream_from = [produced(norm=model.enter.norm, start=0, stop=channels)]
+    stream_from = [produced(layer=model.enter.norm, start=0, stop=channels)]
     stream_to = []
     stream_max = []
     for i, block in enumerate(_blocks(model)):
-        stream_from.append(produced(norm=block.leave.norm, start=0, stop=channels))
+        stream_from.append(produced(layer=block.leave.norm, start=0, stop=channels))
         stream_to += [
             consumed(layer=block.enter.conv, start=0, stop=channels),
             consumed(layer=block.gate.squeeze, start=0, stop=channels),
@@ -241,7 +241,7 @@ def _smooth(model: EcapaTdnn, seen: dict[str, Seen], settings: Settings) -> None
         leave_max = seen[f"layers.{i}.leave"].largest()
         for k in range(scale):
             here, before = slice(k * width, (k + 1) * width), slice((k - 1) * width, k * width)
-            sources = [produced(norm=block.enter.norm, start=here.start, stop=here.stop)]
+            sources = [produced(layer=block.enter.norm, start=here.start, stop=here.stop)]
             sinks = []
             if k < scale - 1:
                 sinks.append(consumed(layer=_groups(block)[k].conv, start=0, stop=width))
@@ -251,12 +251,12 @@ def _smooth(model: EcapaTdnn, seen: dict[str, Seen], settings: Settings) -> None
                 largest = leave_max[here]
             if 0 < k < scale - 1:
                 norm = _groups(block)[k - 1].norm
-                sources.append(produced(norm=norm, start=0, stop=width))
+                sources.append(produced(layer=norm, start=0, stop=width))
                 sinks.append(consumed(layer=block.leave.conv, start=before.start, stop=before.stop))
             smoothing.smooth(sources, sinks, largest, rule)
         last = slice((scale - 2) * width, (scale - 1) * width)
         smoothing.smooth(
-            [produced(norm=_groups(block)[-1].norm, start=0, stop=width)],
+            [produced(layer=_groups(block)[-1].norm, start=0, stop=width)],
             [consumed(layer=block.leave.conv, start=last.start, stop=last.stop)],
             leave_max[last],
             rule,
@@ -265,7 +265,7 @@ def _smooth(model: EcapaTdnn, seen: dict[str, Seen], settings: Settings) -> None
     smoothing.smooth(stream_from, stream_to, torch.stack(stream_max).amax(dim=0), rule)
     wide = 2 * model.settings.mfa_channels
     smoothing.smooth(
-        [produced(norm=model.pooling_norm, start=0, stop=wide)],
+        [produced(layer=model.pooling_norm, start=0, stop=wide)],
         [consumed(layer=model.embed, start=0, stop=wide)],
         seen["embed"].largest(),
         rule,

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-Norm = nn.BatchNorm1d | nn.LayerNorm
 LEAST = 1e-5
 """Lower bound of a smoothing scale and of what it is made of."""
 
@@ -34,9 +34,9 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Produced:
-    """Channels `start:stop` of what an affine normalisation gives."""
+    """Channels `start:stop` of what a normalisation with a gain, or a linear layer, gives."""
 
-    norm: Norm
+    layer: nn.Module
     start: int
     stop: int
 
@@ -45,7 +45,7 @@ class Produced:
 class Consumed:
     """Input channels `start:stop` of a linear layer or an ungrouped convolution."""
 
-    layer: nn.Linear | nn.Conv1d
+    layer: nn.Linear | nn.Conv1d | Conv1D
     start: int
     stop: int
 
@@ -72,17 +72,31 @@ def smooth(
     """
     largest = torch.stack([_columns(item).abs().amax(dim=(0, 2)) for item in consumers]).amax(0)
     s = scales(activation_max.to(largest.dtype), largest, settings)
-    with torch.no_grad():
-        for source in producers:
-            source.norm.weight[source.start : source.stop] /= s
-            source.norm.bias[source.start : source.stop] /= s
-        for sink in consumers:
-            _columns(sink).mul_(s[:, None])
+    rescale(producers, consumers, s)
     return s
+
+
+@torch.no_grad()
+def rescale(producers: Sequence[Produced], consumers: Sequence[Consumed], s: Tensor) -> None:
+    """Divide what is produced by s (channels,) and multiply the weights that read it, in place."""
+    for source in producers:
+        for tensor in _outputs(source):
+            tensor /= s
+    for sink in consumers:
+        _columns(sink).mul_(s[:, None])
+
+
+def _outputs(item: Produced) -> list[Tensor]:
+    """What makes the channels, views (..., channels): gain or rows of a weight, and offset."""
+    weight, bias = item.layer.weight, getattr(item.layer, "bias", None)
+    assert isinstance(weight, Tensor)
+    made = weight.t() if isinstance(item.layer, nn.Linear) else weight
+    return [each[..., item.start : item.stop] for each in (made, bias) if isinstance(each, Tensor)]
 
 
 def _columns(item: Consumed) -> Tensor:
     """The weights that read the channels, a view (outputs, channels, taps)."""
     weight = item.layer.weight.detach()
+    weight = weight.t() if isinstance(item.layer, Conv1D) else weight
     weight = weight[:, :, None] if weight.ndim == 2 else weight
     return weight[:, item.start : item.stop]

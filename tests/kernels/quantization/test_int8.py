@@ -229,7 +229,7 @@ def test_smoothing_keeps_the_function_and_flattens_channels(norm_type) -> None:
         seen = ChannelMax()
         seen.observe(norm(x))
         smoothing.smooth(
-            [smoothing.Produced(norm=norm, start=0, stop=12)],
+            [smoothing.Produced(layer=norm, start=0, stop=12)],
             [
                 smoothing.Consumed(layer=first, start=0, stop=12),
                 smoothing.Consumed(layer=second, start=0, stop=12),

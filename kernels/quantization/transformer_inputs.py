@@ -1,0 +1,156 @@
+"""What the layers of a transformer read on calibration batches, padding left out.
+
+A padded token tells nothing about the tokens to come, but its activations may be the largest of
+all, so it must not enter a range, a moment or a Hessian. Which mask belongs to a layer's input
+depends on where the input comes from: a decoder's cross attention reads the encoder's states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from goldcrest.kernels.language.sequential import Batch, BlockStep
+from goldcrest.kernels.language.stacks import LINEAR_TYPES, block_linears, stacks
+from goldcrest.kernels.quantization.int8_attention import AttentionObserver
+
+See = Callable[[str, nn.Module, Tensor], None]
+"""(layer's full name, layer, the real tokens that it reads (N, D))."""
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Masks (B, T) of one batch, True on real tokens; None where nothing is padded or known."""
+
+    encoder: Tensor | None  # the tokens of the first stack
+    decoder: Tensor | None  # those of the last one, the same of a model with one stack
+    encoder_stack: str  # name of the first stack
+
+
+def masks_of(model: nn.Module, batch: Batch) -> Masks:
+    """The masks of a batch: `attention_mask`, and of a decoder its own mask or its labels."""
+    stack = stacks(model)[0].name
+    first = _two_dimensional(batch.get("attention_mask"))
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return Masks(first, first, stack)
+    second = _two_dimensional(batch.get("decoder_attention_mask"))
+    labels = batch.get("labels")
+    if second is None and isinstance(labels, Tensor):
+        second = labels != -100
+    return Masks(first, second, stack)
+
+
+def _two_dimensional(mask: Any) -> Tensor | None:
+    """A token mask from (B, T), or from (B, 1, T, T), where a real token sees itself."""
+    if not isinstance(mask, Tensor):
+        return None
+    if mask.ndim == 4:
+        mask = mask[:, 0].diagonal(dim1=1, dim2=2)
+        return mask if mask.dtype == torch.bool else mask >= 0
+    return mask != 0 if mask.ndim == 2 else None
+
+
+def outside_linears(model: nn.Module) -> list[str]:
+    """Names of the linear layers outside of all blocks: the head, poolers, transforms."""
+    inside = set(block_linears(model))
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, LINEAR_TYPES) and name not in inside
+    ]
+
+
+def see_block(step: BlockStep, masks: Sequence[Masks], see: See) -> None:
+    """Run every batch through a block and show what its linear layers read."""
+    given: set[int] = set()  # where the tensors lie that the block was called with
+    block = step.block
+
+    def enter(_: nn.Module, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
+        given.clear()
+        tensors = [*arguments[1:], *keywords.values()]
+        given.update(each.data_ptr() for each in tensors if isinstance(each, Tensor))
+
+    handle = block.module.register_forward_pre_hook(enter, with_kwargs=True)
+    names = {name: name.removeprefix(f"{block.name}.") for name in block.linears()}
+    layers = {name: block.module.get_submodule(short) for name, short in names.items()}
+    try:
+        for index, mask in enumerate(masks):
+
+            def look(name: str, layer: nn.Module, x: Tensor, mask: Masks = mask) -> None:
+                own = mask.encoder if step.stack.name == mask.encoder_stack else mask.decoder
+                see(name, layer, _real(x, mask.encoder if x.data_ptr() in given else own))
+
+            with _inputs(layers, look), torch.no_grad():
+                step.run(index)
+    finally:
+        handle.remove()
+
+
+def see_outside(
+    model: nn.Module,
+    names: Sequence[str],
+    batches: Sequence[Batch],
+    masks: Sequence[Masks],
+    see: See,
+) -> None:
+    """Run the whole model on every batch and show what the named layers outside blocks read."""
+    layers = {name: model.get_submodule(name) for name in names}
+    for batch, mask in zip(batches, masks, strict=True):
+
+        def look(name: str, layer: nn.Module, x: Tensor, mask: Masks = mask) -> None:
+            see(name, layer, _real(x, mask.decoder))
+
+        with _inputs(layers, look), torch.no_grad():
+            model(**batch)
+
+
+@contextmanager
+def _inputs(layers: Mapping[str, nn.Module], look: See) -> Iterator[None]:
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda layer, arguments: look(name, layer, arguments[0])
+
+    handles = [
+        layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _real(x: Tensor, mask: Tensor | None) -> Tensor:
+    """The rows (N, D) of (..., D) that the mask, if it is one of them, calls real."""
+    rows = x.detach().reshape(-1, x.shape[-1])
+    fits = mask is not None and x.ndim == 3 and tuple(mask.shape) == tuple(x.shape[:2])
+    return rows[mask.reshape(-1)] if fits and mask is not None else rows
+
+
+@contextmanager
+def observed(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, AttentionObserver]]:
+    """Observers of the attention modules given, which must compute through `int8_attention`."""
+    observers = {name: AttentionObserver() for name in modules}
+    for name, module in modules.items():
+        module.int8 = observers[name]  # type: ignore[assignment]
+    try:
+        yield observers
+    finally:
+        for module in modules.values():
+            del module.int8
+
+
+def attention_names(model: nn.Module, batch: Batch) -> list[str]:
+    """Names of the modules that call `int8_attention.attention` on this batch, in module order."""
+    candidates = {name: each for name, each in model.named_modules() if name and _composed(each)}
+    with observed(candidates) as observers, torch.no_grad():
+        model(**batch)
+    return [name for name, observer in observers.items() if observer.shape != (0, 0)]
+
+
+def _composed(module: nn.Module) -> bool:
+    return next(module.children(), None) is not None

@@ -1,0 +1,195 @@
+"""INT8: weights, activations, attention and cache of a language model in eight bits and less.
+
+Source: E. Kurtic et al., "Sparse Fine-Tuning for Inference Acceleration of Large Language Models",
+arXiv 2310.06927, section 3.4 (spec "sparse fine-tuning", section 3.4): smoothing, operations whose
+inputs have the highest kurtosis left in floating point, activation ranges from training rows, GPTQ
+for the weights, zeros kept.
+
+Artifact: the bundle `int8`, weights with many zeros stored with bitmasks; `operations`, a table of
+every operation with the score that decides what is skipped, and its figure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+from pydantic import Field
+
+from goldcrest.cluster.api import Artifact, Config, InputError, Output, StepError, task
+from goldcrest.tasks.language.bundle import (
+    load_config,
+    load_model,
+    read_description,
+    tokenizer_folder,
+    verified,
+    write_bundle,
+)
+from goldcrest.tasks.methods import SettingsOf, settings_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch import Tensor
+
+    from goldcrest.tasks.data.tokens import TokenRow
+
+_KERNEL = "goldcrest.kernels.quantization.int8_transformer"
+PACKING_PAYS = 0.2  # share of zeros above which a bitmask (1/8 byte a weight) saves bytes
+_SHOWN = 40  # operations in the figure, the worst
+
+
+class QuantizeInt8Config(Config):
+    """Calibration rows and the settings of the quantizer."""
+
+    calibration: int = Field(128, ge=1, description="training rows that set ranges and Hessians")
+    calibration_length: int = Field(2048, ge=2, description="tokens of a calibration row at most")
+    rows_per_batch: int = Field(8, ge=1, description="calibration rows in a forward pass")
+    settings: Annotated[dict[str, Any], SettingsOf(_KERNEL, "Settings")] = Field(
+        {}, description="GPTQ or rounding, smoothing, ranges, attention, head, what to skip"
+    )
+
+
+@task(cpus=1, timeout="2d")
+def quantize_int8(cfg: QuantizeInt8Config, model: Artifact, tokens: Artifact, out: Output) -> None:
+    """Quantize a float bundle (dense or sparse) and write the bundle `int8`."""
+    from goldcrest.kernels.quantization.int8_transformer import quantize, state
+
+    folder = verified(model)
+    before = read_description(folder)
+    if before.get("quantization") is not None:
+        raise InputError(f"the bundle '{before['name']}' is quantized already")
+    if before["family"] == "speech":
+        raise InputError(
+            "the tokens hold text rows, and a speech model reads audio",
+            hint="quantize a causal, seq2seq or masked model",
+        )
+    config = load_config(folder)
+    network = load_model(folder).float()
+    given = _batches(cfg, before["family"], model, tokens, out.seed)
+    out.progress(0.1, f"{len(given)} calibration batches")
+    told = {"loss": {"float": _loss(network, given)}}
+    try:
+        description = quantize(network, given, settings_of(_KERNEL, "Settings", cfg.settings))
+    except ValueError as error:
+        raise StepError(f"the model can't be quantized to INT8: {error}") from error
+    told["loss"]["int8"] = _loss(network, given)
+    tensors = state(network, description)
+    _report(description, told, out)
+    write_bundle(
+        out,
+        name="int8",
+        family=before["family"],
+        config=config,
+        tensors=tensors,
+        tokenizer=tokenizer_folder(model),
+        generation=network.generation_config,
+        packed=[name for name, each in tensors.items() if _packing_pays(each)],
+        facts={
+            "bits": 8,
+            "parameters": before["parameters"],
+            "sparsity": before["sparsity"],
+            "quantization": description,
+            "base_sha256": model.manifest["files"]["model.safetensors"]["sha256"],
+            "training": {
+                "weights": f"int8, {cfg.settings['weights']}",
+                "activations": f"7 bits, {cfg.settings['activations']}",
+                "calibration rows": sum(len(batch["labels"]) for batch in given),
+                "operations left in float32": len(description["skipped"]),
+            },
+        },
+    )
+
+
+def _batches(
+    cfg: QuantizeInt8Config, family: str, model: Artifact, tokens: Artifact, seed: int
+) -> list[dict[str, Tensor]]:
+    """A seeded sample of the training rows, cut to length, rows of alike lengths together."""
+    from goldcrest.tasks.data.tokens import TokenReader
+    from goldcrest.tasks.language import batches
+    from goldcrest.tasks.language.tokenizer import load_tokenizer
+
+    reader = TokenReader(tokens.file("train.arrow"))
+    if not len(reader):
+        raise StepError("the tokens have no training rows, which are needed to calibrate on")
+    rng = np.random.default_rng([seed, 8])
+    chosen = rng.permutation(len(reader))[: cfg.calibration]
+    chosen = chosen[np.argsort(reader.lengths[chosen], kind="stable")]
+    rows = [_cut(reader[int(row)], cfg.calibration_length, family) for row in chosen]
+    tokenizer = load_tokenizer(tokenizer_folder(model))
+    pad = tokenizer.pad_token_id or 0
+
+    def collate(some: list[Any]) -> dict[str, Tensor]:
+        if family == "seq2seq":
+            return batches.seq2seq_batch(some, pad)
+        if family == "causal":
+            return batches.causal_batch(some, pad)
+        if tokenizer.mask_token_id is None:
+            raise InputError("the tokenizer of this masked model has no mask token")
+        return batches.masked_batch(some, pad, tokenizer.mask_token_id, rng)
+
+    size = cfg.rows_per_batch
+    return [collate(rows[start : start + size]) for start in range(0, len(rows), size)]
+
+
+def _cut(row: TokenRow, length: int, family: str) -> TokenRow:
+    """The first `length` tokens of a row; of each side, where prompt and answer are two inputs."""
+    prompt = row.prompt[:length]
+    left = length if family == "seq2seq" else length - len(prompt)
+    answer = row.answer[:left]
+    return replace(row, prompt=prompt, answer=answer, starts=row.starts[row.starts < len(answer)])
+
+
+def _loss(network: Any, given: list[dict[str, Tensor]]) -> float:
+    from goldcrest.kernels.quantization.int8_sensitivity import mean_loss
+
+    return mean_loss(network, given)
+
+
+def _packing_pays(tensor: Tensor) -> bool:
+    import torch
+
+    zeros = float((tensor == 0).float().mean()) if tensor.numel() else 0.0
+    return tensor.dtype == torch.int8 and tensor.ndim == 2 and zeros > PACKING_PAYS
+
+
+def _report(description: Mapping[str, Any], told: Mapping[str, Any], out: Output) -> None:
+    """Metrics, the table of operations by score, and its figure."""
+    scores: dict[str, float] = description["scores"]
+    ranked = sorted(scores, key=lambda name: (-scores[name], name))
+    skipped = set(description["skipped"])
+    out.table(
+        "operations",
+        {
+            "operation": ranked,
+            description["settings"]["criterion"]: [scores[name] for name in ranked],
+            "skipped": [name in skipped for name in ranked],
+        },
+    )
+    out.figure("operations", _figure(description, ranked))
+    out.metrics(
+        int8={
+            "calibration_loss": told["loss"],
+            "skipped": sorted(skipped),
+            "linears": len(description["linears"]),
+            "attentions": len(description["attentions"]),
+            "smoothed_groups": len(description["smoothed"]),
+            "worst": {"operation": ranked[0], "score": scores[ranked[0]]},
+        }
+    )
+
+
+def _figure(description: Mapping[str, Any], ranked: list[str]) -> Figure:
+    """The worst operations by score, those left in floating point in another colour."""
+    from matplotlib.figure import Figure
+
+    shown = ranked[:_SHOWN][::-1]
+    colours = ["#c0504d" if name in description["skipped"] else "#4f81bd" for name in shown]
+    figure = Figure(figsize=(7.0, 1.2 + 0.18 * len(shown)))
+    axes = figure.add_subplot()
+    axes.barh(shown, [description["scores"][name] for name in shown], color=colours)
+    axes.tick_params(axis="y", labelsize=6)
+    axes.set_xlabel(f"{description['settings']['criterion']} of the operation's inputs")
+    axes.set_title("What INT8 harms most (red: left in float32)")
+    return figure
