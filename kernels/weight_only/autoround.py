@@ -38,6 +38,10 @@ from goldcrest.kernels.weight_only.grid import (
 )
 
 
+READS: frozenset[str] = frozenset(("outputs",))
+"""What the method reads of a block's calibration."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Settings of AutoRound; the authors' other recipes are 1000 and 50 iterations (lr 5e-3)."""

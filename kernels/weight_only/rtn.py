@@ -19,6 +19,10 @@ from goldcrest.kernels.weight_only.grid import (
 )
 
 
+READS: frozenset[str] = frozenset()
+"""What the method reads of a block's calibration."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Settings of RTN."""
