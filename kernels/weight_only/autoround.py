@@ -37,7 +37,6 @@ from goldcrest.kernels.weight_only.grid import (
     ungroup_columns,
 )
 
-
 READS: frozenset[str] = frozenset(("outputs",))
 """What the method reads of a block's calibration."""
 

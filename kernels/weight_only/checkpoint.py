@@ -54,12 +54,12 @@ def to_checkpoint(
     for name, weight in weights.items():
         try:
             made = (
-                awq_layout.to_awq(weight)
-                if layout == "awq"
-                else gptq_layout.to_gptq(weight, form)
+                awq_layout.to_awq(weight) if layout == "awq" else gptq_layout.to_gptq(weight, form)
             )
         except ValueError as error:
-            raise ValueError(f"'{name}' does not fit the {layout.upper()} layout: {error}") from error
+            raise ValueError(
+                f"'{name}' does not fit the {layout.upper()} layout: {error}"
+            ) from error
         tensors.update({f"{name}.{part}": tensor for part, tensor in made.items()})
     config = gptq_layout.quantization_config(list(weights.values()), form)
     return tensors, _awq(config, float_layers) if layout == "awq" else _gptq(config, float_layers)

@@ -38,7 +38,6 @@ from goldcrest.kernels.weight_only.grid import (
     parameters,
 )
 
-
 READS: frozenset[str] = frozenset(("hessians",))
 """What the method reads of a block's calibration."""
 

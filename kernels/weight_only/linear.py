@@ -74,7 +74,7 @@ class Form:
 
 
 class WeightOnlyLinear(nn.Module):
-    """(..., D) -> (..., R) with a quantized weight; in place of `nn.Linear` and GPT-2's `Conv1D`."""
+    """(..., D) -> (..., R) with a quantized weight; for `nn.Linear` and GPT-2's `Conv1D`."""
 
     header: Tensor
     codes: Tensor

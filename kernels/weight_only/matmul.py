@@ -10,8 +10,8 @@ The sums over k run within group G, so the codes are multiplied as they are and 
 the sums. Both equal the product with the decoded weight, the integer one with decoded inputs too.
 
 These are the mathematics, for tests and for kernels to be written against. Two products run on
-packed codes: `torch_int4`, torch's own operator, and `tiled` here, which decodes some rows at a time
-(the "prologue" of the source) and never holds more of the float weight than that.
+packed codes: `torch_int4`, torch's own operator, and `tiled` here, which decodes some rows at a
+time (the "prologue" of the source) and never holds more of the float weight than that.
 
 N tokens   R outputs   D inputs   G groups   g columns of a group
 """

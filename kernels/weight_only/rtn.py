@@ -18,7 +18,6 @@ from goldcrest.kernels.weight_only.grid import (
     round_to_grid,
 )
 
-
 READS: frozenset[str] = frozenset()
 """What the method reads of a block's calibration."""
 

@@ -79,7 +79,9 @@ class Rule:
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.baseline) or self.baseline == 0:
-            raise ValueError(f"the float model's metric is {self.baseline}: no loss is relative to it")
+            raise ValueError(
+                f"the float model's metric is {self.baseline}: no loss is relative to it"
+            )
         if self.max_trials < 1:
             raise ValueError("a search needs at least one trial")
 

@@ -133,7 +133,9 @@ def install(model: nn.Module, description: Mapping[str, Any]) -> None:
 
 def quantized_layers(model: nn.Module) -> dict[str, WeightOnlyLinear]:
     """The quantized layers of a model by name, in module order."""
-    return {name: each for name, each in model.named_modules() if isinstance(each, WeightOnlyLinear)}
+    return {
+        name: each for name, each in model.named_modules() if isinstance(each, WeightOnlyLinear)
+    }
 
 
 def sensitivities(
@@ -248,10 +250,10 @@ class _Run:
         plan = self.plan
         groups, missed = self.groups(step)
         targets = self._targets(step) if "outputs" in plan.method.READS else None
-        one_by_one = plan.options.true_sequential and plan.method.READS == {"hessians"}
-        for portion in [[group] for group in groups] if one_by_one else [groups] * bool(groups):
-            low = self._low(portion)
-            if not low:
+        by_hessian = "outputs" not in plan.method.READS
+        one_by_one = [[group] for group in groups]
+        for portion in one_by_one if plan.options.true_sequential and by_hessian else [groups]:
+            if not portion:
                 continue
             block = self.block(step, portion, plan.method.READS, targets)
             quantized = plan.method.quantize(
@@ -317,8 +319,7 @@ class _Run:
         length = calibrated.longest(step, masks)
         with torch.no_grad():
             self._hidden = [step.run(index, each) for index, each in enumerate(hidden)]
-            real = calibrated.real_tokens(self._hidden, masks, length)
-        return real
+        return calibrated.real_tokens(self._hidden, masks, length)
 
     def _low(self, groups: Iterable[SharedInput]) -> list[str]:
         """Layers of the groups that get the grid's bits."""
