@@ -10,6 +10,7 @@ would look for their codes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
@@ -90,9 +91,9 @@ def from_checkpoint(
 
 
 def _gptq(config: dict[str, Any], float_layers: Collection[str]) -> dict[str, Any]:
-    """GPTQModel's way to name layers that are not quantized: "-:" and a pattern."""
-    kept = {f"-:^{name.replace('.', chr(92) + '.')}$": {} for name in sorted(float_layers)}
-    return {**config, **({"dynamic": kept} if kept else {}), "lm_head": False}
+    """GPTQModel's way to name layers that are not quantized: "-:" and a regular expression."""
+    kept = {f"-:^{re.escape(name)}$": dict[str, Any]() for name in sorted(float_layers)}
+    return {**config, "lm_head": False, **({"dynamic": kept} if kept else {})}
 
 
 def _awq(config: dict[str, Any], float_layers: Collection[str]) -> dict[str, Any]:

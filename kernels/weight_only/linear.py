@@ -101,7 +101,7 @@ class WeightOnlyLinear(nn.Module):
         compute: Compute = "bfloat16",
     ) -> WeightOnlyLinear:
         """The layer of a quantized weight; `dtype` is that of the float layer it replaces."""
-        tensors = pack(weight)
+        tensors = {part: tensor.clone() for part, tensor in pack(weight).items()}
         form = Form(
             rows=weight.codes.shape[0],
             columns=weight.codes.shape[1],

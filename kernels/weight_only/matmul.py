@@ -117,7 +117,8 @@ class PackedCodes:
         else:
             zero_points = self.zero_points[rows].float()
         count = scales.shape[1]
-        if self.groups is not None or self.columns % count:
+        equal = self.group_size == -1 or self.columns == count * self.group_size
+        if self.groups is not None or not equal:
             groups = self.groups
             if groups is None:
                 groups = contiguous_groups(self.columns, self.group_size, scales.device)

@@ -59,13 +59,17 @@ class Material:
 
     def load(self) -> Any:
         """The float model on its device."""
-        return load_model(self.bundle).to(self.device)
+        model: Any = load_model(self.bundle)
+        return model.to(self.device)
 
     def calibration_batches(self) -> list[dict[str, Tensor]]:
         """A seeded choice of training rows, cut to length, one row a batch: nothing is padded."""
         reader = TokenReader(self.train)
         chosen = np.random.default_rng([self.seed, 4]).permutation(len(reader))[: self.calibration]
-        return [self._collate([cut(reader[int(row)], self.length)], int(row)) for row in chosen]
+        return [
+            self._collate([cut(reader[int(row)], self.length, self.family)], int(row))
+            for row in chosen
+        ]
 
     def evaluation_batches(self) -> list[dict[str, Tensor]]:
         """The first validation rows in batches of alike lengths, about `batch_tokens` each."""
@@ -96,10 +100,10 @@ class Material:
         return {name: value.to(self.device) for name, value in made.items()}
 
 
-def cut(row: TokenRow, length: int) -> TokenRow:
-    """The first `length` tokens of a row."""
+def cut(row: TokenRow, length: int, family: str) -> TokenRow:
+    """The first `length` tokens of a row; of an encoder-decoder's, on either side."""
     prompt = row.prompt[:length]
-    answer = row.answer[: max(0, length - len(prompt))]
+    answer = row.answer[: length if family == "seq2seq" else length - len(prompt)]
     return replace(row, prompt=prompt, answer=answer, starts=row.starts[row.starts < len(answer)])
 
 

@@ -99,7 +99,7 @@ class Int4Config(Config):
     exports: tuple[Layout, ...] = Field(
         (), description="also write the model in these layouts of other runtimes, e.g. gptq"
     )
-    batch_tokens: Annotated[int, DoesNotChangeResult] = Field(
+    batch_tokens: int = Field(
         4096, ge=1, description="tokens per batch of the metric's forward passes"
     )
     cpus: Annotated[float, DoesNotChangeResult] = Field(
@@ -424,7 +424,8 @@ def _figure(cfg: Int4Config, found: Found, losses: Sequence[float], tolerance: f
             if recipe.method == method and math.isfinite(loss)
         ]
         if points:
-            axes.scatter(*zip(*points, strict=True), label=method, s=28)
+            sizes, heights = zip(*points, strict=True)
+            axes.scatter(sizes, heights, label=method, s=28)
     axes.axhline(100 * tolerance, linestyle="--", linewidth=1, color="grey", label="tolerance")
     axes.annotate(
         found.recipe.name,
