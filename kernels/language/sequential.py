@@ -60,15 +60,27 @@ class BlockStep:
         given = (*call.arguments, *call.keywords.values())
         return [each for each in given if isinstance(each, Tensor)]
 
-    def run(self, index: int, hidden: Tensor | None = None) -> Tensor:
+    def run(
+        self,
+        index: int,
+        hidden: Tensor | None = None,
+        module: Callable[..., Any] | None = None,
+    ) -> Tensor:
         """The block's output hidden states (B, T, D) for batch `index`, its weights as they are.
 
-        `hidden` replaces the block's inputs. Gradients flow where the caller lets them.
+        `hidden` replaces the block's inputs, `module` is called in place of the block (the block
+        with other weights, say). Gradients flow where the caller lets them.
         """
         call = self._calls[index]
         given = self.hidden[index] if hidden is None else hidden
-        output = self.block.module(given, *call.arguments, **call.keywords)
+        output = (module or self.block.module)(given, *call.arguments, **call.keywords)
         return output if isinstance(output, Tensor) else output[0]
+
+    def comes_from_outside(self, index: int, x: Tensor) -> bool:
+        """Whether `x` was handed to the block beside its hidden states: the encoder's, if any."""
+        call = self._calls[index]
+        given = [*call.arguments, *call.keywords.values()]
+        return any(isinstance(each, Tensor) and each.data_ptr() == x.data_ptr() for each in given)
 
 
 def walk(model: nn.Module, batches: Sequence[Batch]) -> Iterator[BlockStep]:

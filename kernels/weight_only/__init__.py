@@ -1,13 +1,15 @@
 """Weight-only quantization to 2-8 bits in groups of input channels; one method a file.
 
-A method is a file of this folder that defines `Settings` and
+A method is a file of this folder that defines `Settings`, `READS` and
 `quantize(block, *, grid, settings, seed=0) -> {name: QuantizedWeight}`. All of them share the
 grids of `grid` and see what they quantize as a `block.Block`: linear layers that are quantized
 together, with what calibration shows of them. A single layer is a block of one.
 
 The other files are what surrounds the methods: `folding` of input scales into the layer before,
-`clipping` searches, `sensitivity` of layers, storage (`packing`, `gptq_layout`, `awq_layout`), and
-products with the codes (`matmul`, `torch_int4`).
+`clipping` searches, `sensitivity` of layers, storage (`packing`, `gptq_layout`, `awq_layout`,
+`checkpoint`), products with the codes (`matmul`, `torch_int4`) and the layer that takes them
+(`linear`). `transformer` drives a method through a whole model, block after block, on what
+`calibrated` collects; `search` finds the recipe that a model needs.
 
 The family is apart from `quantization`, whose INT8 needs activations on grids too and an integer
 network; here activations stay float.
@@ -27,6 +29,11 @@ class WeightOnlyMethod(Protocol):
     """A method file."""
 
     Settings: type[Any]
+    READS: frozenset[str]
+    """What it reads of a block's calibration: "hessians", "outputs" (`forward` and `targets`).
+
+    Who builds blocks can spare the rest: H of a wide layer takes more memory than its weight.
+    """
 
     def quantize(
         self, block: Block, *, grid: GridSettings, settings: Any, seed: int = 0

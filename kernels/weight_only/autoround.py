@@ -37,6 +37,9 @@ from goldcrest.kernels.weight_only.grid import (
     ungroup_columns,
 )
 
+READS: frozenset[str] = frozenset(("outputs",))
+"""What the method reads of a block's calibration."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:

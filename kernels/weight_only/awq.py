@@ -37,6 +37,10 @@ LEAST = 1e-4
 """Lower bound of a^alpha: a channel that is never active keeps a finite scale."""
 
 
+READS: frozenset[str] = frozenset(("hessians", "outputs"))
+"""What the method reads of a block's calibration."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Settings of AWQ."""

@@ -38,6 +38,9 @@ from goldcrest.kernels.weight_only.grid import (
     parameters,
 )
 
+READS: frozenset[str] = frozenset(("hessians",))
+"""What the method reads of a block's calibration."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:

@@ -9,8 +9,9 @@ Source: H. Shen et al., "Efficient LLM Inference on CPUs", arXiv 2311.00502, sec
 The sums over k run within group G, so the codes are multiplied as they are and scales meet only
 the sums. Both equal the product with the decoded weight, the integer one with decoded inputs too.
 
-These are the mathematics, for tests and for kernels to be written against; `torch_int4` is the
-product that runs on packed codes.
+These are the mathematics, for tests and for kernels to be written against. Two products run on
+packed codes: `torch_int4`, torch's own operator, and `tiled` here, which decodes some rows at a
+time (the "prologue" of the source) and never holds more of the float weight than that.
 
 N tokens   R outputs   D inputs   G groups   g columns of a group
 """
@@ -24,7 +25,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from goldcrest.kernels.quantization.int8 import quantize_rows
-from goldcrest.kernels.weight_only.grid import QuantizedWeight
+from goldcrest.kernels.weight_only.grid import QuantizedWeight, contiguous_groups, decode
+from goldcrest.kernels.weight_only.packing import unpack_codes
+
+TILE = 2**18
+"""Weights decoded at a time: 1 MiB of float32, which a core's own cache holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +91,50 @@ def matmul(x: Tensor, weight: Grouped) -> Tensor:
         products = inputs @ codes.t() - inputs.sum(dim=1)[:, None] * weight.zero_points[index]
         result += products * weight.scales[index]
     return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedCodes:
+    """A weight as it is stored (see `packing`), apart from the input scales."""
+
+    codes: Tensor  # (R, ceil(D b / 8)) uint8
+    scales: Tensor  # s (R, G)
+    zero_points: Tensor | None  # z (R, G) uint8; None: 2^(b-1)
+    groups: Tensor | None  # (D,) int32; None: g after g
+    bits: int
+    columns: int  # D
+    group_size: int
+
+    def rows(self, rows: slice) -> Tensor:
+        """Some rows of s (q - z) (r, D) float32."""
+        packed, scales = self.codes[rows], self.scales[rows].float()
+        if self.bits == 4 and self.columns % 2 == 0:  # two codes a byte: no bit stream to undo
+            codes = torch.stack([packed & 15, packed >> 4], dim=2).flatten(1)
+        else:
+            codes = unpack_codes(packed, self.bits, self.columns)
+        if self.zero_points is None:
+            zero_points = torch.full_like(scales, 2 ** (self.bits - 1))
+        else:
+            zero_points = self.zero_points[rows].float()
+        count = scales.shape[1]
+        equal = self.group_size == -1 or self.columns == count * self.group_size
+        if self.groups is not None or not equal:
+            groups = self.groups
+            if groups is None:
+                groups = contiguous_groups(self.columns, self.group_size, scales.device)
+            return decode(codes, scales, zero_points, groups.long())
+        weight = codes.unflatten(1, (count, -1)).float()
+        return weight.sub_(zero_points[..., None]).mul_(scales[..., None]).flatten(1)
+
+
+def tiled(x: Tensor, weight: PackedCodes) -> Tensor:
+    """(N, D) float x packed weight^T: (N, R), in the precision of x. Differentiable in x."""
+    rows = max(1, TILE // weight.columns)
+    parts = [
+        x @ weight.rows(slice(start, start + rows)).to(x.dtype).t()
+        for start in range(0, len(weight.codes), rows)
+    ]
+    return torch.cat(parts, dim=1)
 
 
 def int8_matmul(x: Tensor, weight: Grouped, bits: int = 8) -> Tensor:

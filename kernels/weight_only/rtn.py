@@ -18,6 +18,9 @@ from goldcrest.kernels.weight_only.grid import (
     round_to_grid,
 )
 
+READS: frozenset[str] = frozenset()
+"""What the method reads of a block's calibration."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:

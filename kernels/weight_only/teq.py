@@ -39,6 +39,10 @@ Scales = dict[tuple[str, ...], Tensor]
 """t (D,) of each set that has one."""
 
 
+READS: frozenset[str] = frozenset(("outputs",))
+"""What the method reads of a block's calibration."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Settings of TEQ."""

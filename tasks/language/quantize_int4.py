@@ -1,0 +1,464 @@
+"""INT4: the smallest weight-only quantization of a model that keeps its metric within a tolerance.
+
+Source: H. Shen et al., "Efficient LLM Inference on CPUs", arXiv 2311.00502, section 2 (spec "INT4",
+section 3.7): recipes are tried in order, here from the smallest model to the largest; the first
+whose relative loss is within the tolerance is kept. Where none is, the best is tried again with its
+most sensitive layers on 8 bits or float. Trials run side by side; which recipe is found does not
+depend on how many do.
+
+Artifact: the bundle `int4`, `trials` (table and figure), and on request `gptq/` and `awq/`, the
+same model as other runtimes load it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from goldcrest.cluster.api import (
+    Artifact,
+    Config,
+    DoesNotChangeResult,
+    InputError,
+    Output,
+    StepError,
+    task,
+)
+from goldcrest.tasks.language import int4_trials
+from goldcrest.tasks.language.bundle import (
+    load_config,
+    read_description,
+    tokenizer_folder,
+    verified,
+    write_bundle,
+)
+from goldcrest.tasks.methods import complete_method
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch import Tensor
+
+    from goldcrest.kernels.weight_only.search import Found, Recipe, Rule, Trial
+    from goldcrest.tasks.language.int4_trials import Material
+
+_METHODS = "goldcrest.kernels.weight_only"
+GROUP_SIZES = (-1, 32, 64, 128, 256, 512, 1024)
+Layout = Literal["gptq", "awq"]
+
+
+class Int4Config(Config):
+    """Which recipes are tried, what they may cost, and what they are measured on."""
+
+    methods: dict[str, dict[str, Any]] = Field(
+        {"rtn": {}, "gptq": {}, "awq": {}, "teq": {}, "autoround": {}},
+        min_length=1,
+        description="methods to try, files of kernels/weight_only, with their settings",
+    )
+    group_sizes: tuple[int, ...] = Field(
+        (128, 64, 32),
+        min_length=1,
+        description="input channels that share a scale: 32 to 1024, a power of two; -1: a whole "
+        "row. Sizes that do not divide the model's layers are left out",
+    )
+    schemes: tuple[Literal["asym", "sym", "sym_full", "sym_gptq"], ...] = Field(
+        ("asym",), min_length=1, description="how a group's range becomes a scale (see grid.py)"
+    )
+    bits: int = Field(4, ge=2, le=8, description="bits of a weight; other than 4 decodes slower")
+    scale_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="precision of scales; layouts of other runtimes take float16"
+    )
+    ragged: bool = Field(
+        False, description="where a group size does not divide a layer, its last group is shorter"
+    )
+    prefer: Literal["size", "latency", "accuracy"] = Field(
+        "size", description="what recipes are ordered by; the first within the tolerance is kept"
+    )
+    metric: int4_trials.Metric = Field(
+        "perplexity", description="what is kept, on the validation split's labelled tokens"
+    )
+    tolerance: float = Field(0.01, ge=0, description="relative loss of the metric that is accepted")
+    max_trials: int = Field(100, ge=1, description="quantizations tried at most")
+    high_precision: tuple[str, ...] = Field(
+        (),
+        description="layers, or modules above them, that stay float whatever the recipe; head, "
+        "embeddings and norms always do",
+    )
+    max_spared: int = Field(
+        8, ge=0, description="if no recipe passes: layers put on 8 bits or left float at most"
+    )
+    calibration: int = Field(128, ge=1, description="training rows that methods calibrate on")
+    calibration_length: int = Field(2048, ge=1, description="tokens of a calibration row at most")
+    evaluation: int = Field(512, ge=1, description="validation rows that the metric is taken on")
+    keep_zeros: bool = Field(
+        True, description="weights that a sparse model has at zero stay there, in every method"
+    )
+    exports: tuple[Layout, ...] = Field(
+        (), description="also write the model in these layouts of other runtimes, e.g. gptq"
+    )
+    batch_tokens: int = Field(
+        4096, ge=1, description="tokens per batch of the metric's forward passes"
+    )
+    cpus: Annotated[float, DoesNotChangeResult] = Field(
+        1.0, gt=0, description="CPU cores of a trial"
+    )
+
+    @field_validator("methods")
+    @classmethod
+    def _complete(cls, methods: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        return {name: complete_method(_METHODS, name, given) for name, given in methods.items()}
+
+    @field_validator("group_sizes")
+    @classmethod
+    def _known_sizes(cls, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        unknown = sorted(set(sizes) - set(GROUP_SIZES))
+        if unknown:
+            known = ", ".join(str(size) for size in GROUP_SIZES)
+            raise ValueError(f"group sizes are {known}; not {', '.join(map(str, unknown))}")
+        return sizes
+
+    @model_validator(mode="after")
+    def _exportable(self) -> Self:
+        if self.exports and self.scale_dtype != "float16":
+            raise ValueError(
+                f"{' and '.join(self.exports)} layouts hold scales in float16: set scale_dtype to "
+                "float16, so that the exported model is the one that was measured"
+            )
+        if "awq" in self.exports and (self.bits != 4 or self.ragged):
+            raise ValueError("the awq layout holds 4 bits and groups of one size")
+        return self
+
+
+@task(cpus=0, timeout="7d")
+def quantize_int4(cfg: Int4Config, model: Artifact, tokens: Artifact, out: Output) -> None:
+    """Search a recipe for a float bundle and write the bundle `int4`."""
+    from goldcrest.kernels.weight_only.search import Rule, search
+
+    material = _material(cfg, model, tokens, out)
+    description = read_description(material.bundle)
+    recipes, skipped = _recipes(cfg, material, sparse=description["sparsity"] > 0.01)
+    out.progress(0.0, f"{cfg.metric} of the float model")
+    (told,) = out.runtime.map(
+        functools.partial(int4_trials.baseline, material=material),
+        [cfg.metric], cpus=cfg.cpus, gpus=out.runtime.gpus, note="float model",
+    )  # fmt: skip
+    rule = Rule(
+        baseline=told["metric"],
+        higher_is_better=cfg.metric == "accuracy",
+        tolerance=cfg.tolerance,
+        max_trials=cfg.max_trials,
+    )
+    trials = _Trials(cfg, material, rule, out)
+    found = search(recipes, trials, rule, functools.partial(_spared, cfg, material, out))
+    result = trials.results[found.chosen]
+    if result["metric"] is None:
+        raise StepError(
+            f"none of {len(found.tried)} recipes gave a model with a finite {cfg.metric}"
+            + (f"; the last one: {result['error']}" if "error" in result else ""),
+            hint="look at the float model's weights and calibration inputs for NaN",
+        )
+    tensors = _tensors(material, found.recipe)
+    _report(cfg, out, found, rule, trials.results, skipped, told)
+    facts = {
+        "bits": cfg.bits,
+        "parameters": description["parameters"],
+        "sparsity": description["sparsity"],
+        "quantization": result["description"],
+        "recipe": _record(cfg, found, rule, result),
+        "base_sha256": model.manifest["files"]["model.safetensors"]["sha256"],
+        "training": {"weights": found.recipe.name},
+    }
+    _export(cfg, material, tensors, result["description"], out)
+    write_bundle(
+        out,
+        name="int4",
+        family=material.family,
+        config=load_config(material.bundle),
+        tensors=tensors,
+        tokenizer=tokenizer_folder(model),
+        facts=facts,
+    )
+
+
+def _material(cfg: Int4Config, model: Artifact, tokens: Artifact, out: Output) -> Material:
+    """What the trials work on, checked."""
+    from goldcrest.tasks.data.tokens import TokenReader
+    from goldcrest.tasks.language.tokenizer import load_tokenizer
+
+    folder = verified(model)
+    description = read_description(folder)
+    if description.get("quantization") is not None:
+        raise InputError(f"the bundle '{description['name']}' is quantized already")
+    if description["family"] == "speech":
+        raise InputError(
+            "INT4 calibrates on token rows, and a speech model reads audio",
+            hint="quantize a text model, or a speech model to INT8",
+        )
+    paths = {split: tokens.file(f"{split}.arrow") for split in ("train", "validation")}
+    for split, path in paths.items():
+        if len(TokenReader(path)) == 0:
+            raise StepError(
+                f"the tokens have no {split} rows, which are needed to "
+                + ("calibrate on" if split == "train" else "measure the model on")
+            )
+    mask = None
+    if description["family"] == "masked":
+        mask = load_tokenizer(tokenizer_folder(model)).mask_token_id
+        if mask is None:
+            raise InputError("the tokenizer of this masked model has no mask token")
+    pad = load_config(folder).get_text_config().pad_token_id
+    return int4_trials.Material(
+        bundle=folder,
+        **paths,
+        calibration=cfg.calibration,
+        length=cfg.calibration_length,
+        evaluation=cfg.evaluation,
+        batch_tokens=cfg.batch_tokens,
+        pad=pad if isinstance(pad, int) else 0,
+        mask=mask,
+        seed=out.seed,
+        insert_scales=not cfg.exports,
+        device="cuda" if out.runtime.gpus else "cpu",
+        scratch=out.scratch,
+    )
+
+
+def _recipes(
+    cfg: Int4Config, material: Material, *, sparse: bool
+) -> tuple[list[Recipe], dict[int, str]]:
+    """Recipes in the order they are tried, and why group sizes were left out."""
+    from goldcrest.kernels.language.architectures import bare_model
+    from goldcrest.kernels.weight_only.grid import GridSettings
+    from goldcrest.kernels.weight_only.search import Recipe, ordered
+    from goldcrest.kernels.weight_only.transformer import check_groups, layers_at
+
+    bare = bare_model(load_config(material.bundle), material.family)
+    try:
+        spared = layers_at(bare, cfg.high_precision)
+    except ValueError as error:
+        raise InputError(f"high_precision: {error}") from error
+    recipes, skipped = [], {}
+    for size in cfg.group_sizes:
+        grids = [
+            GridSettings(
+                bits=cfg.bits,
+                group_size=size,
+                scheme=scheme,
+                scale_dtype=cfg.scale_dtype,
+                ragged=cfg.ragged,
+            )
+            for scheme in cfg.schemes
+        ]
+        try:
+            check_groups(bare, grids[0], spared)
+        except ValueError as error:
+            skipped[size] = str(error)
+            continue
+        recipes += [
+            Recipe(
+                method=method,
+                grid=grid,
+                settings=_zeros_kept(settings) if sparse and cfg.keep_zeros else settings,
+                high_precision=tuple(sorted(spared)),
+            )
+            for grid in grids
+            for method, settings in cfg.methods.items()
+        ]
+    if not recipes:
+        raise InputError(
+            "no group size fits this model: " + "; ".join(skipped.values()),
+            hint="set group_sizes to one that fits, or ragged to true",
+        )
+    return ordered(recipes, cfg.prefer), skipped
+
+
+def _zeros_kept(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings for a sparse model; methods without the switch keep zeros anyway."""
+    return {**settings, **({"keep_zeros": True} if "keep_zeros" in settings else {})}
+
+
+class _Trials:
+    """Runs recipes on workers, in order, and keeps the tensors of the best so far."""
+
+    def __init__(self, cfg: Int4Config, material: Material, rule: Rule, out: Output) -> None:
+        self.cfg, self.material, self.rule, self.out = cfg, material, rule, out
+        self.results: list[dict[str, Any]] = []
+        self._best: tuple[float, float, Recipe] | None = None
+
+    def __call__(self, recipes: Sequence[Recipe]) -> Iterator[Trial]:
+        """Trials in the order of the recipes; workers may be ahead of what is taken."""
+        from goldcrest.kernels.weight_only.search import Trial
+
+        run = functools.partial(int4_trials.trial, material=self.material, metric=self.cfg.metric)
+        results = self.out.runtime.map(
+            run, recipes, cpus=self.cfg.cpus, gpus=self.out.runtime.gpus, note="int4 trial"
+        )
+        for place, (recipe, result) in enumerate(zip(recipes, results, strict=True), 1):
+            self.results.append(result)
+            metric = math.nan if result["metric"] is None else result["metric"]
+            self._keep_better(recipe, self.rule.loss(metric), result["bytes"])
+            self.out.progress(
+                place / len(recipes), f"{recipe.name}: {self.cfg.metric} {metric:.4g}"
+            )
+            yield Trial(metric=metric, size=result["bytes"])
+
+    def _keep_better(self, recipe: Recipe, loss: float, size: int) -> None:
+        """Delete the tensors that can't be chosen any more: 100 trials are 100 models."""
+        worse: Recipe | None = recipe
+        if self._best is None or (loss, size) < self._best[:2]:
+            worse = None if self._best is None else self._best[2]
+            self._best = (loss, size, recipe)
+        if worse is not None:
+            int4_trials.trial_file(self.material.scratch, worse, "safetensors").unlink(
+                missing_ok=True
+            )
+
+
+def _spared(cfg: Int4Config, material: Material, out: Output, best: Recipe) -> list[Recipe]:
+    """The best recipe with its most sensitive layers on more bits."""
+    from goldcrest.kernels.weight_only.search import sparing
+
+    if not cfg.max_spared:
+        return []
+    (told,) = out.runtime.map(
+        functools.partial(int4_trials.sensitivities, material=material),
+        [best], cpus=cfg.cpus, gpus=out.runtime.gpus, note="sensitivity of layers",
+    )  # fmt: skip
+    variants = sparing(best, told["errors"], told["weights"], cfg.max_spared)
+    # A checkpoint of another runtime has one number of bits.
+    return [each for each in variants if not (cfg.exports and each.eight_bits)]
+
+
+def _tensors(material: Material, recipe: Recipe) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(int4_trials.trial_file(material.scratch, recipe, "safetensors"))
+
+
+def _record(cfg: Int4Config, found: Found, rule: Rule, result: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe as it is kept with the model (spec "INT4", section 3.7)."""
+    import torch
+    import transformers
+
+    return {
+        **found.recipe.record(),
+        "calibration": {
+            "set": "train",
+            "rows": cfg.calibration,
+            "length": cfg.calibration_length,
+            "seed": result["description"]["seed"],
+        },
+        "metric": {"name": cfg.metric, "split": "validation", "rows": cfg.evaluation},
+        "baseline": rule.baseline,
+        "value": result["metric"],
+        "relative_loss": rule.loss(result["metric"]),
+        "tolerance": rule.tolerance,
+        "within_tolerance": found.passed,
+        "trials": len(found.tried),
+        "bytes": result["bytes"],
+        "libraries": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def _report(
+    cfg: Int4Config,
+    out: Output,
+    found: Found,
+    rule: Rule,
+    results: Sequence[Mapping[str, Any]],
+    skipped: Mapping[int, str],
+    baseline: Mapping[str, float],
+) -> None:
+    """Metrics, the table of trials, the figure, and what was measured by the clock."""
+    losses = [rule.loss(trial.metric) for _, trial in found.tried]
+    out.table(
+        "trials",
+        {
+            "recipe": [recipe.name for recipe, _ in found.tried],
+            cfg.metric: [result["metric"] for result in results],
+            "relative_loss": [loss if math.isfinite(loss) else None for loss in losses],
+            "bytes": [trial.size for _, trial in found.tried],
+            "chosen": [place == found.chosen for place in range(len(losses))],
+            "error": [result.get("error") for result in results],
+        },
+    )
+    out.json(
+        "trials",
+        {
+            "baseline": rule.baseline,
+            "tolerance": rule.tolerance,
+            "trials": [recipe.record() for recipe, _ in found.tried],
+            "group_sizes_left_out": {str(size): why for size, why in skipped.items()},
+        },
+    )
+    out.figure("trials", _figure(cfg, found, losses, rule.tolerance))
+    chosen = results[found.chosen]
+    out.metrics(
+        int4={
+            **{name: value for name, value in chosen["scores"].items() if value is not None},
+            "float": {name: baseline[name] for name in chosen["scores"]},
+            "relative_loss": losses[found.chosen],
+            "within_tolerance": found.passed,
+            "recipe": found.recipe.name,
+            "trials": len(found.tried),
+            "share_of_float32": chosen["quantized_bytes"] / chosen["quantized_float32_bytes"],
+        }
+    )
+    clock = {name: value for name, value in baseline.items() if name.endswith("_ms")}
+    out.measure(int4={**chosen["measured"], "float": clock})
+
+
+def _figure(cfg: Int4Config, found: Found, losses: Sequence[float], tolerance: float) -> Figure:
+    """Relative loss against bytes, one point a trial, one colour a method."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.0))
+    axes = figure.add_subplot()
+    for method in dict.fromkeys(recipe.method for recipe, _ in found.tried):
+        points = [
+            (trial.size / 1e6, 100 * loss)
+            for (recipe, trial), loss in zip(found.tried, losses, strict=True)
+            if recipe.method == method and math.isfinite(loss)
+        ]
+        if points:
+            sizes, heights = zip(*points, strict=True)
+            axes.scatter(sizes, heights, label=method, s=28)
+    axes.axhline(100 * tolerance, linestyle="--", linewidth=1, color="grey", label="tolerance")
+    axes.annotate(
+        found.recipe.name,
+        (found.tried[found.chosen][1].size / 1e6, 100 * losses[found.chosen]),
+        textcoords="offset points",
+        xytext=(6, 6),
+    )
+    axes.set_xlabel("model size (MB)")
+    axes.set_ylabel(f"relative loss of {cfg.metric} (%)")
+    axes.legend()
+    return figure
+
+
+def _export(
+    cfg: Int4Config,
+    material: Material,
+    tensors: Mapping[str, Tensor],
+    description: Mapping[str, Any],
+    out: Output,
+) -> None:
+    """The model in layouts of other runtimes."""
+    from goldcrest.kernels.weight_only.checkpoint import to_checkpoint
+
+    for layout in cfg.exports:
+        try:
+            exported, quantization = to_checkpoint(tensors, layout, description["high_precision"])
+        except ValueError as error:
+            raise StepError(
+                f"the {layout} layout cannot hold the model that was found: {error}",
+                hint=f"leave {layout} out of exports, or restrict the recipes",
+            ) from error
+        out.tensors(f"{layout}/model", exported)
+        out.json(f"{layout}/quantize_config", quantization)
+        values = load_config(material.bundle).to_dict()
+        plain = {name: value for name, value in values.items() if not name.startswith("_")}
+        out.json(f"{layout}/config", {**plain, "quantization_config": quantization})
