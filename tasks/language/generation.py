@@ -15,8 +15,10 @@ The model is only read: requests in several threads may share one `Generator`.
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -26,14 +28,14 @@ from pydantic import Field, model_validator
 from goldcrest.cluster.api import Config, InputError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from goldcrest.tasks.language.bundle import LanguageModel
+    from torch import Tensor
 
 FinishReason = Literal["stop", "length", "cancelled"]
 """The end-of-text token or a stop string came; no room was left; somebody called it off."""
 
-_LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
+WRITERS = ("causal", "seq2seq")
+"""Families of models that write text after a prompt."""
 
 
 class GenerationSettings(Config):
@@ -96,15 +98,17 @@ class Generator:
 
         Raises InputError for a model that can't continue a text: an encoder, a speech model.
         """
+        from goldcrest.kernels.language.architectures import longest_text
+
         self.family: str = model.facts["family"]
-        if self.family not in ("causal", "seq2seq"):
+        if self.family not in WRITERS:
             raise InputError(
                 f"a model of family '{self.family}' does not write text after a prompt",
                 hint="generation needs a causal or a sequence-to-sequence model",
             )
         self.model, self.tokenizer = model.model, model.tokenizer
         self.batch_size = batch_size
-        self.context = context_length(self.model.config) if self.family == "causal" else None
+        self.context = longest_text(self.model.config) if self.family == "causal" else None
 
     def generate(self, prompts: Sequence[str], settings: GenerationSettings) -> list[Generation]:
         """An answer to every prompt, in order. InputError for a prompt that does not fit."""
@@ -150,6 +154,21 @@ class Generator:
             )
         return ids
 
+    def step_seconds(self, prompt: Sequence[int], new_tokens: int) -> list[float]:
+        """Seconds that each of `new_tokens` tokens takes after a prompt, the first with prefill.
+
+        Greedy, one prompt; the end-of-text token is never chosen, so that all models do the same.
+        """
+        settings = GenerationSettings(max_new_tokens=new_tokens)
+        times = [time.perf_counter()]
+
+        def tick() -> bool:
+            times.append(time.perf_counter())
+            return False
+
+        self._run([prompt], [0], new_tokens, settings, ended=tick, least=new_tokens)
+        return [after - before for before, after in itertools.pairwise(times)]
+
     def _batches(self, lengths: Sequence[int], wanted: int) -> Iterator[tuple[list[int], int]]:
         """Places of prompts that run together, and how many tokens each of them may write.
 
@@ -176,11 +195,12 @@ class Generator:
         *,
         ended: Callable[[], bool] | None = None,
         on_token: Callable[[int], None] | None = None,
+        least: int = 0,
     ) -> list[list[int]]:
         """Run the model; new tokens of every prompt up to its end of text.
 
         `streams` number the prompts' random draws; `ended` is asked after every token; `on_token`
-        hears each token of a single prompt.
+        hears each token of a single prompt; no text ends before `least` tokens.
         """
         from goldcrest.tasks.language import sampling, stopping
 
@@ -189,7 +209,7 @@ class Generator:
         criteria = stopping.criteria(self.tokenizer, settings.stop, start, ended)
         output = self.model.generate(
             **inputs,
-            generation_config=self._config(room, settings),
+            generation_config=self._config(room, settings, least),
             logits_processor=sampling.processors(settings, streams),
             stopping_criteria=criteria,
             streamer=None if on_token is None else stopping.Listener(on_token),
@@ -215,13 +235,14 @@ class Generator:
             "attention_mask": torch.tensor(masks, device=device),
         }
 
-    def _config(self, room: int, settings: GenerationSettings) -> Any:
+    def _config(self, room: int, settings: GenerationSettings, least: int) -> Any:
         """transformers' own settings; what the model's folder says of sampling must not leak in."""
         from transformers import GenerationConfig
 
         known = self.model.generation_config
         return GenerationConfig(
             max_new_tokens=room,
+            min_new_tokens=least or None,
             do_sample=False,
             num_beams=settings.beams,
             length_penalty=settings.length_penalty,
@@ -303,11 +324,3 @@ class Generator:
             reason = "cancelled"
         yield Piece(transcript.finish(), None, reason)
 
-
-def context_length(config: Any) -> int | None:
-    """Tokens that fit into a model at once, None where it has no limit."""
-    for name in _LIMITS:
-        value = getattr(config, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None

@@ -1,12 +1,12 @@
 """Sampling with a stream of random numbers per prompt, by the Gumbel-max trick.
 
-Source: E. J. Gumbel, "Statistical Theory of Extreme Values", 1954; C. Maddison et al., "A* Sampling",
-NeurIPS 2014, section 2: with g_i independent standard Gumbel noise, argmax_i (log p_i + g_i) is a
-sample of p.
+Source: E. J. Gumbel, "Statistical Theory of Extreme Values", 1954; C. Maddison et al., "A*
+Sampling", NeurIPS 2014, section 2: with g_i independent standard Gumbel noise,
+argmax_i (log p_i + g_i) is a sample of p.
 
 transformers draws from torch's global generator: what a prompt gets would depend on the prompts
-beside it and on other threads. Here the noise is added as the last step before a greedy choice, from
-a generator that belongs to the prompt. Temperature, top-k and top-p are transformers' own.
+beside it and on other threads. Here the noise is added as the last step before a greedy choice,
+from a generator that belongs to the prompt. Temperature, top-k and top-p are transformers' own.
 """
 
 from __future__ import annotations
