@@ -281,3 +281,14 @@ def _card_rows(facts: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         yield "quantization", facts["quantization"]["form"]
     if facts.get("base_sha256"):
         yield "made from weights with SHA-256", facts["base_sha256"]
+    yield from _measured_rows(facts.get("measured", {}))
+
+
+def _measured_rows(measured: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What an evaluation found (added by publish.py): values with their intervals, and the size."""
+    for name, value in measured.items():
+        if f"{name}_ci" in measured:
+            low, high = measured[f"{name}_ci"]
+            yield name, f"{value:.4g} (95 % interval {low:.4g} to {high:.4g})"
+    if "bytes" in measured:
+        yield "bytes to serve it", f"{measured['bytes']:,}"

@@ -1,0 +1,153 @@
+"""What a bundle makes of examples: the loss of every row, an answer to every prompt.
+
+These functions run in workers, one shard at a time; each loads the bundle anew. What they give is
+summed up in evaluate.py.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from goldcrest.cluster.api import InputError
+from goldcrest.tasks.language.examples import Example
+from goldcrest.tasks.language.generation import GenerationSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from goldcrest.kernels.metrics.additive import Additive
+    from goldcrest.kernels.metrics.perplexity import RowSums
+    from goldcrest.tasks.data.tokens import TokenRow
+    from goldcrest.tasks.language.bundle import LanguageModel
+
+CONTINUED_WORDS = 12
+"""Words of a text without a prompt that a model is given to go on from."""
+LOWER_IS_BETTER = {"perplexity", "bits_per_char", "bits_per_byte", "ter", "wer", "cer"}
+ON_TOKENS = ("perplexity", "bits_per_char", "bits_per_byte", "entropy")
+SPEECH_METRICS = {"wer", "cer"}
+
+
+def text_metric(name: str) -> Callable[[Sequence[str], Sequence[Sequence[str]]], Additive]:
+    """A metric of answers (N,) against references (N lists), by its name in configs."""
+    from goldcrest.kernels.metrics import answers, rouge, transcription, translation
+
+    known: dict[str, Callable[[Sequence[str], Sequence[Sequence[str]]], Additive]] = {
+        "exact_match": answers.exact_match,
+        "gsm8k": answers.gsm8k,
+        "bleu": translation.bleu,
+        "chrf": translation.chrf,
+        "ter": translation.ter,
+        "rouge1": functools.partial(rouge.rouge_n, 1),
+        "rouge2": functools.partial(rouge.rouge_n, 2),
+        "rougeL": rouge.rouge_l,
+        "wer": transcription.word_error_rate,
+        "cer": transcription.character_error_rate,
+    }
+    return known[name]
+
+
+@dataclass(frozen=True)
+class LossShard:
+    """Rows of a token file that one worker scores with one bundle."""
+
+    folder: Path
+    tokens: Path
+    rows: np.ndarray  # (n,) places in the token file
+    batch_rows: int
+    device: str
+
+
+def row_losses(shard: LossShard) -> np.ndarray:
+    """(n, 5) float64 by row: NLL and entropy in nats; tokens, characters, bytes."""
+    from goldcrest.tasks.data.tokens import TokenReader
+    from goldcrest.tasks.language.bundle import load_bundle
+
+    bundle = load_bundle(shard.folder)
+    bundle.model.to(shard.device)
+    reader = TokenReader(shard.tokens)
+    found = np.zeros((len(shard.rows), 5))
+    # Rows of similar length share a batch: less padding.
+    order = np.argsort([-reader.lengths[row] for row in shard.rows], kind="stable")
+    for start in range(0, len(order), shard.batch_rows):
+        places = order[start : start + shard.batch_rows]
+        rows = [reader[int(shard.rows[place])] for place in places]
+        batch = loss_batch(bundle, rows)
+        sums = batch_sums(bundle, {key: value.to(shard.device) for key, value in batch.items()})
+        found[places, :3] = np.stack([each.cpu().numpy() for each in sums], axis=1)
+    found[:, 3], found[:, 4] = reader.characters[shard.rows], reader.bytes[shard.rows]
+    return found
+
+
+def loss_batch(bundle: LanguageModel, rows: Sequence[TokenRow]) -> dict[str, Tensor]:
+    """Rows of a token file as the bundle's family reads them, with labels (B, T)."""
+    import torch
+
+    from goldcrest.tasks.language.batches import causal_batch, masked_batch, seq2seq_batch
+
+    family, tokenizer = bundle.facts["family"], bundle.tokenizer
+    pad = tokenizer.pad_token_id or 0
+    if family == "seq2seq":
+        return seq2seq_batch(rows, pad)
+    if family == "causal":
+        return causal_batch(rows, pad, dtype=bundle.model.dtype)
+    if family != "masked" or tokenizer.mask_token_id is None:
+        raise InputError(
+            f"the model {bundle.facts['name']} of family '{family}' can't be scored on text",
+            hint="a masked model needs a tokenizer with a mask token; a speech model needs speech",
+        )
+    # Every token is asked for (a share of 1), so what the batch hid is all in its labels.
+    batch = masked_batch(
+        rows,
+        pad,
+        tokenizer.mask_token_id,
+        np.random.default_rng(0),
+        share=1.0,
+        special=tokenizer.all_special_ids,
+        dtype=bundle.model.dtype,
+    )
+    batch["input_ids"] = torch.where(batch["labels"] < 0, batch["input_ids"], batch["labels"])
+    return batch
+
+
+def batch_sums(bundle: LanguageModel, batch: dict[str, Tensor]) -> RowSums:
+    """Losses and entropies of a batch, by the bundle's family."""
+    from goldcrest.kernels.metrics import perplexity
+
+    if bundle.facts["family"] == "seq2seq":
+        return perplexity.seq2seq_sums(bundle.model, batch)
+    if bundle.facts["family"] == "masked":
+        return perplexity.masked_sums(bundle.model, batch, bundle.tokenizer.mask_token_id)
+    return perplexity.causal_sums(bundle.model, batch)
+
+
+@dataclass(frozen=True)
+class AnswerShard:
+    """Prompts that one worker has one bundle answer."""
+
+    folder: Path
+    prompts: tuple[str, ...]
+    settings: GenerationSettings
+    batch_size: int
+    device: str
+
+
+def answers(shard: AnswerShard) -> list[str]:
+    """The text that the bundle writes after every prompt."""
+    from goldcrest.tasks.language.bundle import load_bundle
+    from goldcrest.tasks.language.generation import Generator
+
+    bundle = load_bundle(shard.folder)
+    bundle.model.to(shard.device)
+    generator = Generator(bundle, batch_size=shard.batch_size)
+    return [each.text for each in generator.generate(shard.prompts, shard.settings)]
+
+
+def prompt_of(example: Example) -> str:
+    """What a model is given: the prompt, or the first words of a text without one."""
+    return example.prompt or " ".join(example.answer.split()[:CONTINUED_WORDS])
