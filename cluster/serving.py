@@ -166,7 +166,7 @@ class Endpoint(ABC):
         return router
 
     async def _validation_problem(self, request: Request, error: Any) -> JSONResponse:
-        """Every wrong field with its reason, never with its value: that may be a secret, or huge."""
+        """Every wrong field with its reason, never its value: that may be a secret, or huge."""
         fields = [
             {"field": ".".join(str(part) for part in each["loc"][1:])[:200], "message": each["msg"]}
             for each in error.errors()[:20]
