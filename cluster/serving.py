@@ -171,10 +171,11 @@ class Endpoint(ABC):
             {"field": ".".join(str(part) for part in each["loc"][1:])[:200], "message": each["msg"]}
             for each in error.errors()[:20]
         ]
-        said = "; ".join(f"{each['field']}: {each['message']}" for each in fields)[:1000]
+        named = (f"{each['field']}: " if each["field"] else "" for each in fields)
+        said = "; ".join(name + each["message"] for name, each in zip(named, fields, strict=True))
         first = fields[0]["field"] or None
         return problem(
-            self.invalid_status, "invalid", said, request.scope, param=first, fields=fields
+            self.invalid_status, "invalid", said[:1000], request.scope, param=first, fields=fields
         )
 
 
