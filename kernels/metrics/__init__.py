@@ -1,1 +1,1 @@
-"""Metrics of clustering and verification, and the lists that they are computed on."""
+"""Metrics of clustering, verification and text, and the lists that they are computed on."""

@@ -1,0 +1,337 @@
+"""Text corpora through one interface: whatever the files, a stream of rows with named fields.
+
+Files are found by their names' ends:
+
+* `.jsonl`            a JSON object per line
+* `.csv`, `.tsv`      a header, then rows; quoted fields may hold line breaks
+* `.txt`              plain text; every document is a row with the field `text`
+* `.parquet`          any columns; the others may also be gzipped: `.jsonl.gz`
+* a folder of such files, also in folders inside it; other files there are not looked at
+* a Hugging Face dataset: one saved on disk as a folder, or one of the hub as
+  `datasets://NAME[/CONFIG][:SPLIT]`, e.g. `datasets://openai/gsm8k/main`
+
+Rows are read one after the other and never kept: a corpus need not fit into memory. A row that
+can't be used is given with the reason in `problem`; a file that can't be read is an InputError.
+"""
+
+from __future__ import annotations
+
+import csv
+import fnmatch
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from pydantic import Field
+
+from goldcrest.cluster.api import Config, InputError
+from goldcrest.tasks.data.corpus import DATASETS_FILES, DATASETS_PREFIX
+from goldcrest.tasks.data.documents import DocumentConfig, read_documents
+from goldcrest.tasks.data.lines import BadLine, Lines, TextLines
+
+Role = Literal["train", "validation", "test"]
+ROLES: tuple[Role, ...] = ("train", "validation", "test")
+SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet", ".txt")
+_BATCH_ROWS = 64  # decoded at a time: a row may be large
+
+
+class RoleConfig(Config):
+    """Which files are for what, by the words of their names (and of folders in the corpus).
+
+    The words of `dev_in_domain.jsonl.gz` are `dev`, `in`, `domain`. A pattern such as `train*` is
+    compared with each of them; `test` is looked at first, then `validation`, then `train`.
+    """
+
+    test: tuple[str, ...] = Field(("test", "eval"), description="words of files for testing")
+    validation: tuple[str, ...] = Field(
+        ("dev", "val", "valid", "validation"), description="words of files for validation"
+    )
+    train: tuple[str, ...] = Field(
+        ("*",), description="words of files for training; a file that nothing fits is left out"
+    )
+
+    def of(self, name: str) -> Role | None:
+        """The role of a file by its name inside the corpus, None where nothing fits."""
+        words = [word for word in re.split(r"[^a-z]+", _stem(name).lower()) if word] or [""]
+        patterns: tuple[tuple[Role, tuple[str, ...]], ...] = (
+            ("test", self.test),
+            ("validation", self.validation),
+            ("train", self.train),
+        )
+        for role, wanted in patterns:
+            if any(fnmatch.fnmatchcase(word, pattern) for word in words for pattern in wanted):
+                return role
+        return None
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """One file (or one split of a dataset, in `dataset`) of a corpus.
+
+    `name` is unique in a run; `inside` is the name inside the corpus, which tells the role.
+    """
+
+    name: str
+    inside: str
+    path: Path
+    kind: str
+    dataset: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row by its place: the fields, or why it can't be used."""
+
+    line: int
+    fields: Mapping[str, Any]
+    problem: str = ""
+
+
+def corpus_names(paths: Sequence[str]) -> tuple[str, ...]:
+    """A short name for every corpus, from the last part of its path, numbered where alike."""
+    names: list[str] = []
+    for path in paths:
+        local = DATASETS_PREFIX not in path
+        base = Path(path).expanduser().name if local else path.removeprefix(DATASETS_PREFIX)
+        name, count = base, 2
+        while name in names:
+            name, count = f"{count}-{base}", count + 1
+        names.append(name)
+    return tuple(names)
+
+
+def text_files(path: str, name: str) -> list[TextFile]:
+    """The files of the corpus at `path`, called `name`, in a fixed order.
+
+    Raises InputError for a path that is not there, is of an unknown kind, or holds no text.
+    """
+    if path.startswith(DATASETS_PREFIX):
+        return _dataset_splits(path.removeprefix(DATASETS_PREFIX), name)
+    root = Path(path).expanduser()
+    if root.is_file():
+        if (kind := _kind(root)) is None:
+            raise InputError(
+                f"corpus {path} is a file of unknown kind",
+                hint=f"give one of {', '.join(SUFFIXES)}, gzipped or not, or a folder of them",
+            )
+        return [TextFile(name, name, root, kind)]
+    if any((root / mark).is_file() for mark in DATASETS_FILES):
+        return _dataset_splits(str(root), name)
+    if not root.is_dir():
+        raise InputError(f"there is no corpus '{path}'", hint="check the path")
+    found = [
+        TextFile(f"{name}/{inside}", inside, file, kind)
+        for file in _visible_files(root)
+        if (kind := _kind(file)) is not None and (inside := file.relative_to(root).as_posix())
+    ]
+    if not found:
+        raise InputError(
+            f"corpus {path} holds no text", hint=f"put {', '.join(SUFFIXES)} files there"
+        )
+    return found
+
+
+def read_rows(
+    file: TextFile, documents: DocumentConfig, limit: int, columns: Sequence[str] | None = None
+) -> Iterator[Row]:
+    """The rows of a file, in order; a line or a document over `limit` bytes is a bad row.
+
+    `columns` are the only fields that are wanted, where the format can leave out the others. Lines
+    count from 1, rows of Parquet files and datasets too. Raises InputError for a file that can't be
+    read (further).
+    """
+    count = 0
+    for row in _READERS[file.kind](file, documents, limit, columns):
+        count += 1
+        yield row
+    if count == 0:
+        yield Row(1, {}, "the file is empty")
+
+
+def _jsonl(
+    file: TextFile, _: DocumentConfig, limit: int, __: Sequence[str] | None
+) -> Iterator[Row]:
+    with Lines(file.path, limit) as lines:
+        text = TextLines(lines)
+        while True:
+            try:
+                line = next(text)
+            except BadLine as error:
+                yield Row(lines.number, {}, str(error))
+                continue
+            except StopIteration:
+                return
+            if line.strip():
+                yield _json_row(line, lines.number)
+
+
+def _json_row(line: str, number: int) -> Row:
+    try:
+        row = _JSON.decode(line)
+    except (ValueError, RecursionError) as error:  # also numbers of 5000 digits
+        return Row(number, {}, f"not a line of JSON: {error}")
+    if not isinstance(row, dict):
+        return Row(number, {}, f"a JSON object was expected, this is {type(row).__name__}")
+    return Row(number, row)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+_JSON = json.JSONDecoder(parse_constant=_refuse_constant)
+
+
+def _csv(file: TextFile, _: DocumentConfig, limit: int, __: Sequence[str] | None) -> Iterator[Row]:
+    # csv's own limit is one for the whole process: it is only ever raised.
+    csv.field_size_limit(max(csv.field_size_limit(), limit))
+    with Lines(file.path, limit) as lines:
+        delimiter = "\t" if _suffixes(file.path)[0] == ".tsv" else ","
+        reader = csv.reader(TextLines(lines), delimiter=delimiter, strict=True)
+        header: list[str] | None = None
+        while True:
+            line = lines.number + 1
+            try:
+                values = next(reader)
+            except StopIteration:
+                return
+            except (BadLine, csv.Error) as error:
+                if header is None:
+                    raise InputError(f"{file.path}:{line}: no header of CSV: {error}") from error
+                yield Row(line, {}, str(error))
+                continue
+            if header is None:
+                header = _csv_header(values, file.path)
+            elif len(values) == len(header):
+                yield Row(line, dict(zip(header, values, strict=True)))
+            elif values:
+                yield Row(line, {}, f"{len(values)} columns, the header has {len(header)}")
+
+
+def _csv_header(names: list[str], path: Path) -> list[str]:
+    if not all(names) or len(set(names)) != len(names):
+        raise InputError(
+            f"{path}:1: the first line must name the columns, each by its own name: {names[:20]}"
+        )
+    return names
+
+
+def _plain(
+    file: TextFile, documents: DocumentConfig, limit: int, _: Sequence[str] | None
+) -> Iterator[Row]:
+    with Lines(file.path, limit) as lines:
+        for document in read_documents(TextLines(lines), documents, limit):
+            yield Row(document.line, {"text": document.text}, document.problem)
+
+
+def _parquet(
+    file: TextFile, _: DocumentConfig, limit: int, columns: Sequence[str] | None
+) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        with pq.ParquetFile(file.path) as table:
+            names = set(table.schema_arrow.names)
+            wanted = None if columns is None else [name for name in columns if name in names]
+            for batch in table.iter_batches(_BATCH_ROWS, columns=wanted or None):
+                for row in _rows_of(batch):
+                    number += 1
+                    yield _decoded(number, row)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        raise InputError(f"{file.path} row {number + 1}: not readable Parquet: {error}") from error
+
+
+def _decoded(number: int, row: dict[str, Any] | str) -> Row:
+    return Row(number, row) if isinstance(row, dict) else Row(number, {}, row)
+
+
+def _rows_of(batch: Any) -> Iterable[dict[str, Any] | str]:
+    """The batch's rows as mappings; one that holds invalid UTF-8 as the words that say so."""
+    try:
+        return list(batch.to_pylist())
+    except UnicodeDecodeError:
+        pass  # Arrow does not check the text of a file: find the rows that are wrong
+    rows: list[dict[str, Any] | str] = []
+    for number in range(batch.num_rows):
+        try:
+            rows.append(batch.slice(number, 1).to_pylist()[0])
+        except UnicodeDecodeError as error:
+            rows.append(f"not valid UTF-8: {error.reason}")
+    return rows
+
+
+def _dataset(
+    file: TextFile, _: DocumentConfig, limit: int, columns: Sequence[str] | None
+) -> Iterator[Row]:
+    table = file.dataset
+    if columns is not None:
+        table = table.select_columns([each for each in columns if each in table.column_names])
+    number = 0
+    for batch in table.with_format("arrow").iter(_BATCH_ROWS):
+        for row in _rows_of(batch):
+            number += 1
+            yield _decoded(number, row)
+
+
+_READERS = {
+    ".jsonl": _jsonl,
+    ".csv": _csv,
+    ".tsv": _csv,
+    ".parquet": _parquet,
+    ".txt": _plain,
+    "dataset": _dataset,
+}
+
+
+def _dataset_splits(reference: str, name: str) -> list[TextFile]:
+    """Every split of a saved dataset or one of the hub, or the one that is asked for."""
+    import datasets
+
+    place, _, split = reference.partition(":")
+    try:
+        if any((Path(place) / mark).is_file() for mark in DATASETS_FILES):
+            loaded = datasets.load_from_disk(place)
+        else:
+            owner, _, rest = place.partition("/")
+            repository, _, config = rest.partition("/")
+            loaded = datasets.load_dataset(f"{owner}/{repository}".strip("/"), config or None)
+        if not isinstance(loaded, datasets.DatasetDict):
+            return [TextFile(name, split or "train", Path(place), "dataset", loaded)]
+        return [
+            TextFile(f"{name}/{each}", each, Path(place), "dataset", loaded[each])
+            for each in ([split] if split else sorted(loaded))
+        ]
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(f"dataset {reference} can't be loaded: {error}") from error
+
+
+def _suffixes(path: Path) -> tuple[str, bool]:
+    """The suffix that tells the kind, in lower case, and whether the file is gzipped."""
+    zipped = path.suffix.lower() == ".gz"
+    return (Path(path.stem) if zipped else path).suffix.lower(), zipped
+
+
+def _kind(path: Path) -> str | None:
+    suffix, zipped = _suffixes(path)
+    return None if suffix not in SUFFIXES or (zipped and suffix == ".parquet") else suffix
+
+
+def _stem(name: str) -> str:
+    """A file's name inside its corpus without the suffixes of its kind."""
+    bare = name[:-3] if name.lower().endswith(".gz") else name
+    return next((bare[: -len(s)] for s in SUFFIXES if bare.lower().endswith(s)), bare)
+
+
+def _visible_files(root: Path) -> Iterator[Path]:
+    """What the corpus's fingerprint is made of: hidden files and folders are left out."""
+    for folder, folders, files in os.walk(root, followlinks=True):
+        folders[:] = sorted(each for each in folders if not each.startswith("."))
+        for each in sorted(files):
+            if not each.startswith("."):
+                yield Path(folder) / each

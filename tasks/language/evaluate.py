@@ -1,0 +1,369 @@
+"""Evaluate: how well, how large and how fast the language models of a run are.
+
+    perplexity, bits per character   on token rows of a split: every model that reads text
+    task metrics                     on answers that are generated for prompts of that split
+    sizes, latency, memory           of every bundle
+
+Quality has bootstrap intervals over examples (95 %), and beside `dense` the paired interval of the
+difference to it: all models answer the same examples. Percentages are 0 to 100; perplexity and the
+error rates (ter, wer, cer) are better when lower.
+
+Metrics: language.<model>.{perplexity, bits_per_char, bits_per_byte, entropy, <task metric>} and
+`<each>_ci`; language_minus_dense.<model>.<each>{,_ci}; models.<model>.{bytes, parameters, sparsity,
+bits, tokens_per_second, first_token_ms, next_token_ms, peak_mb, ...} (the last four are measured).
+
+Artifact: losses (model, row, nll, entropy, tokens, characters, bytes), answers (model, id, prompt,
+answer, references: some to read), the figures quality_by_sparsity and quality_by_size.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field, model_validator
+
+from goldcrest.cluster.api import Artifact, Config, Output, StepError, task
+from goldcrest.tasks.language import quality
+from goldcrest.tasks.language.bundle import bundle_bytes, read_description, verified
+from goldcrest.tasks.language.examples import Example, Split, read_examples
+from goldcrest.tasks.language.generation import WRITERS, GenerationSettings
+from goldcrest.tasks.language.speed import SpeedConfig, measure_speed
+
+if TYPE_CHECKING:
+    from goldcrest.kernels.metrics.additive import Additive
+
+TextMetric = Literal[
+    "exact_match", "gsm8k", "bleu", "chrf", "ter", "rouge1", "rouge2", "rougeL", "wer", "cer"
+]
+
+
+class EvaluateTextConfig(Config):
+    """What is measured, on how many examples."""
+
+    split: Split = Field("test", description="split of the corpus that is evaluated on")
+    loss_rows: int | None = Field(
+        1000, ge=1, description="token rows of the perplexity, drawn at random; None: all"
+    )
+    batch_rows: int = Field(8, ge=1, description="token rows per forward pass")
+    metrics: tuple[TextMetric, ...] = Field(
+        (), description="metrics of generated answers; none: answers are only written to be read"
+    )
+    examples: int | None = Field(
+        200, ge=1, description="prompts that are answered, drawn at random; None: all"
+    )
+    generation: GenerationSettings = Field(
+        GenerationSettings(), description="how answers are generated"
+    )
+    batch_prompts: int = Field(16, ge=1, description="prompts that are answered together")
+    plain_speech: bool = Field(
+        True, description="compare lower-case words without punctuation for wer and cer"
+    )
+    shown: int = Field(20, ge=0, description="answers per model that are kept to be read")
+    bootstrap: int = Field(500, ge=10, description="replicates of the confidence intervals")
+    speed: SpeedConfig | None = Field(
+        SpeedConfig(), description="how latency and memory are measured; None: they are not"
+    )
+    shard_rows: int = Field(
+        256, ge=1, description="token rows (or prompts) per piece of parallel work"
+    )
+
+    @model_validator(mode="after")
+    def _metrics_once(self) -> Self:
+        if len(set(self.metrics)) < len(self.metrics):
+            raise ValueError(f"a metric is named twice: {', '.join(self.metrics)}")
+        return self
+
+
+@task(cpus=0, timeout="24h")
+def evaluate_text(
+    cfg: EvaluateTextConfig,
+    corpus: Artifact,
+    tokens: Artifact,
+    out: Output,
+    **models: Artifact,
+) -> None:
+    """Measure every bundle of `models`, by name, on a split of the corpus."""
+    if not models:
+        raise StepError("there is no model to evaluate", hint="name at least one bundle")
+    folders = {name: verified(bundle) for name, bundle in models.items()}
+    facts = {name: read_description(folder) for name, folder in folders.items()}
+    found: dict[str, dict[str, Additive]] = {name: {} for name in folders}
+    for name, measured in _losses(cfg, tokens, folders, facts, out).items():
+        found[name].update(measured)
+    for name, measured in _answers(cfg, corpus, folders, facts, out).items():
+        found[name].update(measured)
+    language = _report(cfg, found, out)
+    sizes = _sizes(folders, facts)
+    out.metrics(models=sizes)
+    _figures(language, sizes, out)
+    if cfg.speed is not None:
+        _measure_speed(cfg.speed, folders, facts, out)
+
+
+def _losses(
+    cfg: EvaluateTextConfig,
+    tokens: Artifact,
+    folders: Mapping[str, Path],
+    facts: Mapping[str, Mapping[str, Any]],
+    out: Output,
+) -> dict[str, dict[str, Additive]]:
+    """Perplexity, bits per character and entropy of every model that reads text."""
+    from goldcrest.kernels.metrics.additive import ratio
+    from goldcrest.kernels.metrics.perplexity import bits_per, perplexity
+    from goldcrest.tasks.data.tokens import TokenReader
+
+    readers = [name for name in folders if facts[name]["family"] != "speech"]
+    path = tokens.file(f"{cfg.split}.arrow")
+    rows = _some(len(TokenReader(path)), cfg.loss_rows, [out.seed, 1])
+    if len(rows) == 0:
+        raise StepError(
+            f"the split '{cfg.split}' has no token row to measure perplexity on",
+            hint="choose another split, or hold out a larger share of the corpus",
+        )
+    shards = [
+        quality.LossShard(folders[name], path, part, cfg.batch_rows, _device(out))
+        for name in readers
+        for part in _parts(rows, cfg.shard_rows)
+    ]
+    out.progress(None, f"perplexity of {len(readers)} models on {len(rows)} rows")
+    done = list(
+        out.runtime.map(quality.row_losses, shards, gpus=out.runtime.gpus, note="perplexity")
+    )
+    sums = dict(zip(readers, np.concatenate(done).reshape(len(readers), -1, 5), strict=True))
+    out.table("losses", _loss_table(sums, rows))
+    return {
+        name: {
+            "perplexity": perplexity(each[:, 0], each[:, 2]),
+            "bits_per_char": bits_per(each[:, 0], each[:, 3]),
+            "bits_per_byte": bits_per(each[:, 0], each[:, 4]),
+            "entropy": ratio(each[:, 1], each[:, 2]),
+        }
+        for name, each in sums.items()
+    }
+
+
+def _loss_table(sums: Mapping[str, np.ndarray], rows: np.ndarray) -> pa.Table:
+    names = [name for name in sums for _ in rows]
+    values = np.concatenate(list(sums.values()))
+    columns: dict[str, Any] = {"model": names, "row": np.tile(rows, len(sums))}
+    columns.update({"nll": values[:, 0], "entropy": values[:, 1]})
+    for place, unit in enumerate(("tokens", "characters", "bytes"), start=2):
+        columns[unit] = values[:, place].astype(np.int64)
+    return pa.table(columns)
+
+
+def _answers(
+    cfg: EvaluateTextConfig,
+    corpus: Artifact,
+    folders: Mapping[str, Path],
+    facts: Mapping[str, Mapping[str, Any]],
+    out: Output,
+) -> dict[str, dict[str, Additive]]:
+    """Task metrics of every model that writes text."""
+    writers = [name for name in folders if facts[name]["family"] in WRITERS]
+    wanted = cfg.examples if cfg.metrics else cfg.shown
+    if not writers or wanted == 0:
+        return {}
+    examples = _examples(cfg, corpus, wanted, out.seed)
+    prompts = [quality.prompt_of(each) for each in examples]
+    shards = [
+        quality.AnswerShard(
+            folders[name], tuple(part), cfg.generation, cfg.batch_prompts, _device(out)
+        )
+        for name in writers
+        for part in _parts(prompts, cfg.shard_rows)
+    ]
+    out.progress(None, f"answers of {len(writers)} models to {len(prompts)} prompts")
+    done = out.runtime.map(quality.answers, shards, gpus=out.runtime.gpus, note="answers")
+    texts = [text for part in done for text in part]
+    by_model = {
+        name: texts[place * len(prompts) : (place + 1) * len(prompts)]
+        for place, name in enumerate(writers)
+    }
+    out.table("answers", _answer_table(by_model, examples, prompts, cfg.shown))
+    score = functools.partial(
+        _score, examples=examples, metrics=cfg.metrics, plain_speech=cfg.plain_speech
+    )
+    scored = out.runtime.map(score, list(by_model.values()), note="metrics")
+    return dict(zip(writers, scored, strict=True))
+
+
+def _examples(
+    cfg: EvaluateTextConfig, corpus: Artifact, wanted: int | None, seed: int
+) -> list[Example]:
+    """Examples that are answered; for a metric only those with a prompt and references."""
+    known = [
+        each
+        for each in read_examples(corpus, cfg.split)
+        if not cfg.metrics or (each.prompt and each.references)
+    ]
+    if cfg.metrics and not known:
+        raise StepError(
+            f"the split '{cfg.split}' has no prompt with an answer, which "
+            f"{', '.join(cfg.metrics)} would be computed on",
+            hint="leave `metrics` empty for plain text, or give the corpus prompts and answers",
+        )
+    return [known[place] for place in _some(len(known), wanted, [seed, 2])]
+
+
+def _score(
+    texts: Sequence[str],
+    *,
+    examples: Sequence[Example],
+    metrics: Sequence[str],
+    plain_speech: bool,
+) -> dict[str, Additive]:
+    """Task metrics of one model's answers."""
+    from goldcrest.kernels.metrics.transcription import plain_words
+
+    references = [list(each.references) for each in examples]
+    found = {}
+    for name in metrics:
+        given: Sequence[str] = texts
+        known = references
+        if plain_speech and name in quality.SPEECH_METRICS:
+            given = [plain_words(text) for text in texts]
+            known = [[plain_words(text) for text in each] for each in references]
+        try:
+            found[name] = quality.text_metric(name)(given, known)
+        except ValueError as error:
+            raise StepError(f"the metric {name} can't be computed: {error}") from error
+    return found
+
+
+def _answer_table(
+    by_model: Mapping[str, Sequence[str]],
+    examples: Sequence[Example],
+    prompts: Sequence[str],
+    shown: int,
+) -> pa.Table:
+    """The first answers of every model, those to one prompt beside each other."""
+    rows = [
+        {
+            "model": name,
+            "id": example.id,
+            "prompt": prompt,
+            "answer": texts[place],
+            "references": list(example.references) or [example.answer],
+        }
+        for place, (example, prompt) in enumerate(zip(examples[:shown], prompts, strict=False))
+        for name, texts in by_model.items()
+    ]
+    texts = {name: pa.string() for name in ("model", "id", "prompt", "answer")}
+    return pa.Table.from_pylist(
+        rows, schema=pa.schema({**texts, "references": pa.list_(pa.string())})
+    )
+
+
+def _report(
+    cfg: EvaluateTextConfig, found: Mapping[str, Mapping[str, Additive]], out: Output
+) -> dict[str, dict[str, Any]]:
+    """Values and intervals of every model, and their differences to the dense one."""
+    work = [
+        (metrics, found["dense"] if "dense" in found and name != "dense" else {})
+        for name, metrics in found.items()
+    ]
+    describe = functools.partial(_describe, replicates=cfg.bootstrap, seed=out.seed)
+    described = list(out.runtime.map(describe, work, note="intervals"))
+    language = dict(zip(found, (values for values, _ in described), strict=True))
+    differences = dict(zip(found, (others for _, others in described), strict=True))
+    out.metrics(
+        language=language,
+        language_minus_dense={name: values for name, values in differences.items() if values},
+    )
+    return language
+
+
+def _describe(
+    work: tuple[Mapping[str, Additive], Mapping[str, Additive]], *, replicates: int, seed: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of one model: metrics with intervals, and differences to another's with intervals."""
+    from goldcrest.kernels.metrics.additive import bootstrap_difference, bootstrap_interval
+
+    metrics, others = work
+    drawn = {"replicates": replicates, "seed": seed}
+    values: dict[str, Any] = {}
+    differences: dict[str, Any] = {}
+    for name, metric in metrics.items():
+        values[name] = metric.value
+        values[f"{name}_ci"] = list(bootstrap_interval(metric, **drawn))
+        if name in others:
+            differences[name] = metric.value - others[name].value
+            interval = bootstrap_difference(metric, others[name], **drawn)
+            differences[f"{name}_ci"] = list(interval)
+    counted = {"rows": "perplexity", "examples": next(iter(metrics.keys() - _ON_TOKENS), "")}
+    for unit, metric_name in counted.items():
+        if metric_name in metrics:
+            values[unit] = len(metrics[metric_name].statistics)
+    return values, differences
+
+
+_ON_TOKENS = {"perplexity", "bits_per_char", "bits_per_byte", "entropy"}
+
+
+def _sizes(
+    folders: Mapping[str, Path], facts: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Bytes to serve a bundle, its weights, the zeros and bits of them."""
+    return {
+        name: {
+            "bytes": bundle_bytes(folder),
+            "weight_bytes": (folder / "model.safetensors").stat().st_size,
+            **{key: facts[name][key] for key in ("parameters", "sparsity", "bits")},
+        }
+        for name, folder in folders.items()
+    }
+
+
+def _figures(
+    language: Mapping[str, Mapping[str, Any]], sizes: Mapping[str, Mapping[str, Any]], out: Output
+) -> None:
+    from goldcrest.tasks.language import evaluation_figures as figures
+
+    shown = figures.shown_metrics(language)
+    if not shown:
+        return
+    out.figure("quality_by_sparsity", figures.by_sparsity(language, sizes, shown))
+    out.figure("quality_by_size", figures.by_size(language, sizes, shown))
+
+
+def _measure_speed(
+    config: SpeedConfig,
+    folders: Mapping[str, Path],
+    facts: Mapping[str, Mapping[str, Any]],
+    out: Output,
+) -> None:
+    """One model after the other, in one place: side by side they would slow each other down."""
+    timed = {name: path for name, path in folders.items() if facts[name]["family"] != "speech"}
+    work = functools.partial(_time_all, config=config, device=_device(out))
+    times = out.runtime.map(
+        work, [timed], cpus=config.threads, gpus=out.runtime.gpus, note="latency"
+    )
+    (measured,) = times
+    out.measure(models=measured)
+
+
+def _time_all(
+    folders: Mapping[str, Path], *, config: SpeedConfig, device: str
+) -> dict[str, dict[str, float]]:
+    return {name: measure_speed(path, config, device=device) for name, path in folders.items()}
+
+
+def _some(count: int, wanted: int | None, seed: Sequence[int]) -> np.ndarray:
+    """Places of at most `wanted` of `count` things, drawn without replacement, in order."""
+    if wanted is None or wanted >= count:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(list(seed)).choice(count, wanted, replace=False))
+
+
+def _parts(items: Any, size: int) -> list[Any]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def _device(out: Output) -> str:
+    return "cuda" if out.runtime.gpus else "cpu"

@@ -1,0 +1,326 @@
+"""Text from a language model: greedy, beam search, sampling; whole, or piece by piece.
+
+transformers' `generate` runs the model. Around it stand the things that a service needs:
+
+- prompts of different length share a batch: padded on the left where the model continues them;
+- a prompt that does not fit the context is refused before the model runs;
+- stop strings are searched in the text, as they need not begin or end where tokens do;
+- a stream holds back what may yet become part of a stop string or of a character (`transcript.py`),
+  so that its pieces are exactly the text that `generate` returns;
+- sampling draws from generators of its own, one per prompt, seeded by the request: the same seed
+  gives the same text beside any other requests (`sampling.py`).
+
+The model is only read: requests in several threads may share one `Generator`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from goldcrest.cluster.api import Config, InputError
+
+if TYPE_CHECKING:
+    from goldcrest.tasks.language.bundle import LanguageModel
+    from torch import Tensor
+
+FinishReason = Literal["stop", "length", "cancelled"]
+"""The end-of-text token or a stop string came; no room was left; somebody called it off."""
+
+WRITERS = ("causal", "seq2seq")
+"""Families of models that write text after a prompt."""
+
+
+class GenerationSettings(Config):
+    """How text is chosen: greedily, by beam search (`beams`) or sampled (`temperature`)."""
+
+    max_new_tokens: int = Field(128, ge=1, description="tokens at most; the context may end sooner")
+    beams: int = Field(1, ge=1, description="hypotheses that beam search keeps; 1: no beam search")
+    length_penalty: float = Field(
+        1.0, description="beam search divides log probabilities by the length to this power"
+    )
+    temperature: float = Field(
+        0.0, ge=0, description="logits are divided by it before sampling; 0: the likeliest token"
+    )
+    top_k: int | None = Field(None, ge=1, description="sample among the k likeliest tokens")
+    top_p: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="sample among the fewest tokens that have this probability together",
+    )
+    seed: int = Field(0, ge=0, description="seed of the sampling")
+    stop: tuple[str, ...] = Field((), description="texts that end the answer and are cut off")
+
+    @model_validator(mode="after")
+    def _one_way_to_choose(self) -> Self:
+        if self.beams > 1 and self.temperature > 0:
+            raise ValueError("beam search does not sample: leave beams at 1 or temperature at 0")
+        if "" in self.stop:
+            raise ValueError("a stop string is empty: every text would end at once")
+        return self
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer. `tokens` are those that the model chose, without the end-of-text token."""
+
+    text: str
+    tokens: tuple[int, ...]
+    finish_reason: FinishReason
+    prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a stream: text that is now certain (perhaps none yet) and the token behind it.
+
+    The last piece has no token but the reason of the end and what text was still held back.
+    """
+
+    text: str
+    token: int | None
+    finish_reason: FinishReason | None = None
+
+
+class Generator:
+    """Text from one loaded bundle."""
+
+    def __init__(self, model: LanguageModel, *, batch_size: int = 16) -> None:
+        """`batch_size` prompts run through the model together at most.
+
+        Raises InputError for a model that can't continue a text: an encoder, a speech model.
+        """
+        from goldcrest.kernels.language.architectures import longest_text
+
+        self.family: str = model.facts["family"]
+        if self.family not in WRITERS:
+            raise InputError(
+                f"a model of family '{self.family}' does not write text after a prompt",
+                hint="generation needs a causal or a sequence-to-sequence model",
+            )
+        self.model, self.tokenizer = model.model, model.tokenizer
+        self.batch_size = batch_size
+        self.context = longest_text(self.model.config) if self.family == "causal" else None
+
+    def generate(self, prompts: Sequence[str], settings: GenerationSettings) -> list[Generation]:
+        """An answer to every prompt, in order. InputError for a prompt that does not fit."""
+        encoded = [self.encode(prompt) for prompt in prompts]
+        found: dict[int, Generation] = {}
+        for places, room in self._batches([len(ids) for ids in encoded], settings.max_new_tokens):
+            chosen = self._run([encoded[i] for i in places], places, room, settings)
+            for place, tokens in zip(places, chosen, strict=True):
+                found[place] = self._answer(tokens, settings, len(encoded[place]))
+        return [found[place] for place in range(len(prompts))]
+
+    def stream(
+        self, prompt: str, settings: GenerationSettings, cancelled: threading.Event | None = None
+    ) -> Iterator[Piece]:
+        """The answer to a prompt while it is made; its pieces' texts joined are `generate`'s.
+
+        Setting `cancelled`, or closing the iterator, stops the model before its next token.
+        InputError is raised here, before the first piece is asked for.
+        """
+        if settings.beams > 1:
+            raise InputError(
+                "beam search can't be streamed: it may change what it has written",
+                hint="leave beams at 1, or ask for the whole answer",
+            )
+        ids = self.encode(prompt)
+        return self._pieces(ids, settings, cancelled or threading.Event())
+
+    def encode(self, prompt: str) -> list[int]:
+        """The prompt's tokens; InputError if it is empty or leaves no room in the context."""
+        from goldcrest.tasks.language.prompts import encode_prompt
+
+        ids = encode_prompt(self.tokenizer, prompt, self.family)
+        if not ids:
+            raise InputError(
+                "the prompt is empty and the tokenizer has no token that begins a text",
+                hint="write at least one character",
+            )
+        if self.context is not None and len(ids) >= self.context:
+            raise InputError(
+                f"the prompt has {len(ids)} tokens, which leaves no room for an answer in the "
+                f"model's context of {self.context}",
+                hint="shorten the prompt",
+            )
+        return ids
+
+    def step_seconds(self, prompt: Sequence[int], new_tokens: int) -> list[float]:
+        """Seconds that each of `new_tokens` tokens takes after a prompt, the first with prefill.
+
+        Greedy, one prompt; the end-of-text token is never chosen, so that all models do the same.
+        """
+        settings = GenerationSettings(max_new_tokens=new_tokens)
+        times = [time.perf_counter()]
+
+        def tick() -> bool:
+            times.append(time.perf_counter())
+            return False
+
+        self._run([prompt], [0], new_tokens, settings, ended=tick, least=new_tokens)
+        return [after - before for before, after in itertools.pairwise(times)]
+
+    def _batches(self, lengths: Sequence[int], wanted: int) -> Iterator[tuple[list[int], int]]:
+        """Places of prompts that run together, and how many tokens each of them may write.
+
+        Prompts of a batch have the same room: one that is near the end of its context must not
+        cut the others short, nor be carried beyond it by them.
+        """
+        limit = self.context
+        rooms = [wanted if limit is None else min(wanted, limit - length) for length in lengths]
+        batch: list[int] = []
+        for place in sorted(range(len(lengths)), key=lambda i: (rooms[i], lengths[i], i)):
+            if batch and (len(batch) == self.batch_size or rooms[place] != rooms[batch[0]]):
+                yield batch, rooms[batch[0]]
+                batch = []
+            batch.append(place)
+        if batch:
+            yield batch, rooms[batch[0]]
+
+    def _run(
+        self,
+        prompts: Sequence[Sequence[int]],
+        streams: Sequence[int],
+        room: int,
+        settings: GenerationSettings,
+        *,
+        ended: Callable[[], bool] | None = None,
+        on_token: Callable[[int], None] | None = None,
+        least: int = 0,
+    ) -> list[list[int]]:
+        """Run the model; new tokens of every prompt up to its end of text.
+
+        `streams` number the prompts' random draws; `ended` is asked after every token; `on_token`
+        hears each token of a single prompt; no text ends before `least` tokens.
+        """
+        from goldcrest.tasks.language import sampling, stopping
+
+        inputs = self._inputs(prompts)
+        start = inputs["input_ids"].shape[1] if self.family == "causal" else 1
+        criteria = stopping.criteria(self.tokenizer, settings.stop, start, ended)
+        output = self.model.generate(
+            **inputs,
+            generation_config=self._config(room, settings, least),
+            logits_processor=sampling.processors(settings, streams),
+            stopping_criteria=criteria,
+            streamer=None if on_token is None else stopping.Listener(on_token),
+        )
+        return [self._until_end(row) for row in output[:, start:].tolist()]
+
+    def _inputs(self, prompts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """Prompts as a batch: input_ids and attention_mask (B, P) int64."""
+        import torch
+
+        width = max(len(ids) for ids in prompts)
+        pad = self._pad()
+        rows, masks = [], []
+        for ids in prompts:
+            space = width - len(ids)
+            # A causal model goes on at the right edge, so padding has to stand on the left.
+            before, after = (space, 0) if self.family == "causal" else (0, space)
+            rows.append([pad] * before + list(ids) + [pad] * after)
+            masks.append([0] * before + [1] * len(ids) + [0] * after)
+        device = self.model.device
+        return {
+            "input_ids": torch.tensor(rows, device=device),
+            "attention_mask": torch.tensor(masks, device=device),
+        }
+
+    def _config(self, room: int, settings: GenerationSettings, least: int) -> Any:
+        """transformers' own settings; what the model's folder says of sampling must not leak in."""
+        from transformers import GenerationConfig
+
+        known = self.model.generation_config
+        return GenerationConfig(
+            max_new_tokens=room,
+            min_new_tokens=least or None,
+            do_sample=False,
+            num_beams=settings.beams,
+            length_penalty=settings.length_penalty,
+            bos_token_id=known.bos_token_id,
+            eos_token_id=self._ends() or None,
+            pad_token_id=self._pad(),
+            decoder_start_token_id=known.decoder_start_token_id,
+        )
+
+    def _ends(self) -> list[int]:
+        """Tokens that end a text."""
+        known = self.model.generation_config.eos_token_id
+        found = known if isinstance(known, list) else [known, self.tokenizer.eos_token_id]
+        return sorted({each for each in found if each is not None})
+
+    def _pad(self) -> int:
+        """A token to fill up with; masked, so any will do where none is named."""
+        pad = self.tokenizer.pad_token_id
+        return next(iter([] if pad is None else [pad]), (self._ends() or [0])[0])
+
+    def _until_end(self, tokens: list[int]) -> list[int]:
+        """Tokens up to and with the first one that ends the text."""
+        ends = set(self._ends())
+        for place, token in enumerate(tokens):
+            if token in ends:
+                return tokens[: place + 1]
+        return tokens
+
+    def _answer(
+        self, tokens: Sequence[int], settings: GenerationSettings, prompt_tokens: int
+    ) -> Generation:
+        from goldcrest.tasks.language.transcript import Transcript
+
+        transcript = Transcript(self.tokenizer, settings.stop, self._ends())
+        text = "".join(transcript.add(token) for token in tokens) + transcript.finish()
+        reason: FinishReason = "stop" if transcript.ended else "length"
+        return Generation(text, tuple(transcript.tokens), reason, prompt_tokens)
+
+    def _pieces(
+        self, ids: list[int], settings: GenerationSettings, cancelled: threading.Event
+    ) -> Iterator[Piece]:
+        from goldcrest.tasks.language.transcript import Transcript
+
+        ((_, room),) = self._batches([len(ids)], settings.max_new_tokens)
+        left = threading.Event()  # nobody reads any more
+        made: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        failure: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                self._run(
+                    [ids],
+                    [0],
+                    room,
+                    settings,
+                    ended=lambda: left.is_set() or cancelled.is_set(),
+                    on_token=made.put,
+                )
+            except BaseException as error:  # noqa: BLE001 - raised again where the pieces are read
+                failure.append(error)
+            finally:
+                made.put(None)
+
+        transcript = Transcript(self.tokenizer, settings.stop, self._ends())
+        worker = threading.Thread(target=work, name="generate", daemon=True)
+        worker.start()
+        try:
+            while not transcript.ended and (token := made.get()) is not None:
+                text = transcript.add(token)
+                if not transcript.ended or text:
+                    yield Piece(text, token)
+        finally:
+            left.set()
+            worker.join()
+        if failure:
+            raise failure[0]
+        reason: FinishReason = "stop" if transcript.ended else "length"
+        if reason == "length" and cancelled.is_set() and len(transcript.tokens) < room:
+            reason = "cancelled"
+        yield Piece(transcript.finish(), None, reason)
+

@@ -1,0 +1,173 @@
+"""Which model a step starts from: a fresh one of some architecture, or one that is there already.
+
+    model: {architecture: llama, settings: {hidden_size: 64, num_hidden_layers: 2}}
+    model: {path: /models/t5-small, family: seq2seq}              # a folder
+    model: {path: "hf://google-t5/t5-small", family: seq2seq}     # the Hugging Face hub
+
+A fresh model takes its vocabulary and special ids from the tokenizer. A model that is loaded is
+data: no code from its folder runs, and weights are read from safetensors only.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from goldcrest.cluster.api import Config, InputError, InputFiles
+from goldcrest.tasks.methods import remembered
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+Family = Literal["causal", "seq2seq", "masked", "speech"]
+HUB = "hf://"
+_ARCHITECTURES = "goldcrest.kernels.language.architectures"
+
+
+class ModelConfig(Config):
+    """A fresh model (`architecture`, `settings`) or a trained one (`path`)."""
+
+    family: Family = Field(
+        "causal",
+        description="causal: continues text; seq2seq: input to output; masked: fills gaps; "
+        "speech: audio to text",
+    )
+    architecture: str = Field(
+        "llama", description="of a fresh model: a model type of the transformers library"
+    )
+    settings: dict[str, Any] = Field(
+        {}, description="of a fresh model: sizes and others, as its configuration class has them"
+    )
+    path: Annotated[str | None, InputFiles] = Field(
+        None,
+        description="a trained model instead: a folder with config.json and *.safetensors, or "
+        "hf://OWNER/NAME on the Hugging Face hub",
+    )
+    revision: str | None = Field(
+        None, description="commit or tag of a hub model; pin it: the hub's main branch moves"
+    )
+    gradient_checkpointing: bool = Field(
+        False,
+        description="keep only the inputs of each block for the backward pass and compute the "
+        "rest again: memory of one block's activations, a third more arithmetic",
+    )
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.path is not None:
+            if self.settings:
+                raise ValueError("settings are for fresh models; this one is loaded from `path`")
+            if self.revision is not None and not self.path.startswith(HUB):
+                raise ValueError(f"revision is for models of the hub ({HUB}...), not for folders")
+            return self
+        if self.revision is not None:
+            raise ValueError("revision is for models that are loaded from `path`")
+
+        def ask() -> dict[str, Any]:
+            from goldcrest.kernels.language.architectures import complete_settings
+
+            return complete_settings(self.architecture, self.family, self.settings)
+
+        question = [self.architecture, self.family, self.settings, version("transformers")]
+        object.__setattr__(self, "settings", remembered(question, [_ARCHITECTURES], ask))
+        return self
+
+
+def special_ids(tokenizer: Any) -> dict[str, int | None]:
+    """Ids of the tokenizer's pad, bos and eos tokens, None for those it has not."""
+    return {name: getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+
+
+def model_config(model: ModelConfig, tokenizer: Any) -> PreTrainedConfig:
+    """The configuration of the model that a step starts from; InputError if it can't be read."""
+    from goldcrest.kernels.language.architectures import fresh_config
+
+    if model.path is None:
+        return fresh_config(
+            model.architecture,
+            model.settings,
+            vocabulary=len(tokenizer),
+            special=special_ids(tokenizer),
+        )
+    from transformers import AutoConfig
+
+    config = _from_path(model, AutoConfig.from_pretrained)
+    if config.get_text_config().vocab_size < len(tokenizer):
+        raise InputError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model {model.path} "
+            f"{config.get_text_config().vocab_size}",
+            hint="load the tokenizer that belongs to the model",
+        )
+    return config
+
+
+def build_model(model: ModelConfig, config: PreTrainedConfig) -> PreTrainedModel:
+    """The model that a step starts from, in float32, weights drawn or loaded.
+
+    A model with `gradient_checkpointing` computes blocks anew in its backward pass while training.
+    """
+    from goldcrest.kernels.language.architectures import new_model
+
+    made = new_model(config, model.family) if model.path is None else load_pretrained(model)
+    if model.gradient_checkpointing:
+        checkpoint_activations(made)
+    return made
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Switch on activation checkpointing; InputError for an architecture without it."""
+    try:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    except ValueError as error:
+        raise InputError(
+            f"{type(model).__name__} has no gradient checkpointing",
+            hint="set gradient_checkpointing to false",
+        ) from error
+
+
+def load_pretrained(model: ModelConfig) -> PreTrainedModel:
+    """The trained model of `path` in float32: safetensors only, no code of the model's own."""
+    import torch
+
+    from goldcrest.kernels.language.architectures import auto_class
+
+    def load(name: str, **options: Any) -> Any:
+        return auto_class(model.family).from_pretrained(
+            name, use_safetensors=True, dtype=torch.float32, **options
+        )
+
+    return _from_path(model, load)
+
+
+def _from_path(model: ModelConfig, load: Any) -> Any:
+    """`load` of a library name, errors told as InputError."""
+    assert model.path is not None
+    name, options = model.path, dict[str, Any](trust_remote_code=False)
+    if name.startswith(HUB):
+        name = name.removeprefix(HUB)
+        options["revision"] = model.revision or "main"
+    elif not (Path(name) / "config.json").is_file():
+        raise InputError(
+            f"{name} is not a folder with a model: it has no config.json",
+            hint=f"give a folder, or {HUB}OWNER/NAME for the Hugging Face hub",
+        )
+    else:
+        options["local_files_only"] = True
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        return load(name, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"the model {model.path} can't be loaded as family '{model.family}': {reason}",
+            hint="it must be a model of the transformers library with safetensors weights",
+        ) from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
