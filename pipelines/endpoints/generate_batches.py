@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import defaultdict
-from collections.abc import AsyncIterator, Hashable
+from collections.abc import AsyncIterator, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 
@@ -26,9 +26,9 @@ from goldcrest.tasks.language.generation import (
 
 
 class _Ask:
-    """One prompt that waits for its answer, or is being answered."""
+    """One prompt, as tokens, that waits for its answer, or is being answered."""
 
-    def __init__(self, prompt: str) -> None:
+    def __init__(self, prompt: Sequence[int]) -> None:
         self.prompt = prompt
         self.answer: Future[Generation] = Future()
         self.left = False  # its reader has gone
@@ -57,7 +57,7 @@ class Batches:
         self._lock = threading.Lock()
 
     async def answer(
-        self, model: str, generator: Generator, prompt: str, settings: GenerationSettings
+        self, model: str, generator: Generator, prompt: Sequence[int], settings: GenerationSettings
     ) -> Generation:
         """The answer to one prompt. Cancelling stops the model once no other prompt needs it."""
         ask = _Ask(prompt)
@@ -73,7 +73,7 @@ class Batches:
             ask.left = True
 
     async def pieces(
-        self, generator: Generator, prompt: str, settings: GenerationSettings
+        self, generator: Generator, prompt: Sequence[int], settings: GenerationSettings
     ) -> AsyncIterator[list[Piece]]:
         """The answer to one prompt while it is made: what is new since the reader last asked."""
         loop = asyncio.get_running_loop()

@@ -10,7 +10,7 @@ When the caller goes away Serve cancels the call, and the model stops before its
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from goldcrest.cluster.runtime import limit_threads
 from goldcrest.pipelines.endpoints import bundles
 from goldcrest.pipelines.endpoints.bundles import BundleChoice
 from goldcrest.pipelines.endpoints.generate_batches import Batches
-from goldcrest.pipelines.endpoints.generate_chat import Turn, chat_prompt
+from goldcrest.pipelines.endpoints.generate_prompts import Prompt, PromptReader
 from goldcrest.tasks.language.bundle import load_bundle, read_description
 from goldcrest.tasks.language.generation import (
     FinishReason,
@@ -35,8 +35,6 @@ from goldcrest.tasks.language.generation import (
 MAX_MODEL_BYTES = 256 << 30
 FAMILIES = ("causal", "seq2seq")  # those that write text after a prompt
 _FILES = ("bundle.json", "config.json", "generation_config.json", "model.safetensors")
-
-Prompt = str | tuple[Turn, ...]
 
 
 @dataclass(frozen=True)
@@ -56,6 +54,14 @@ class Refused:
     code: str
     message: str
     param: str
+
+
+@dataclass(frozen=True)
+class Completed:
+    """The answers to all prompts of a request, `choices` for each in order."""
+
+    answers: list[Generation]
+    prompt_tokens: int
 
 
 @dataclass(frozen=True)
@@ -79,9 +85,16 @@ class Delta:
 class Prepared:
     """A prompt as the model will read it."""
 
-    text: str
+    tokens: list[int]
     settings: GenerationSettings
-    tokens: int
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A bundle in memory."""
+
+    generator: Generator
+    reader: PromptReader
 
 
 class _RefusedError(Exception):
@@ -134,79 +147,85 @@ class TextModels:
 
     async def load(self, model: str) -> None:
         """Have a bundle in memory and run once: the first request finds it warm."""
-        generator = await self._model(model)
+        loaded = await self._model(model)
         if model not in self._warm:
             settings = GenerationSettings(max_new_tokens=2)
-            await self._batches.answer(model, generator, "a", settings)
+            (ids, _) = loaded.reader.read("a")
+            await self._batches.answer(model, loaded.generator, ids, settings)
             self._warm.add(model)
 
-    async def complete(self, job: Job) -> tuple[list[Generation], int] | Refused:
-        """The answers to all prompts, `choices` for each in order, and the prompts' tokens."""
+    async def complete(self, job: Job) -> Completed | Refused:
+        """All answers at once."""
         model = serve.get_multiplexed_model_id()
-        generator = await self._model(model)
+        loaded = await self._model(model)
         try:
-            prepared = await asyncio.to_thread(self._prepare, generator, job)
+            prepared = await asyncio.to_thread(self._prepare, loaded, job)
         except _RefusedError as refused:
             return refused.reason
         answers = [
-            self._batches.answer(model, generator, each.text, settings)
+            self._batches.answer(model, loaded.generator, each.tokens, settings)
             for each, settings in _choices(prepared, job.choices)
         ]
-        return list(await asyncio.gather(*answers)), sum(each.tokens for each in prepared)
+        return Completed(list(await asyncio.gather(*answers)), _count(prepared))
 
     async def stream(self, job: Job) -> AsyncIterator[Begun | Delta | Refused]:
         """The same answers one after the other, while they are made."""
-        generator = await self._model(serve.get_multiplexed_model_id())
+        loaded = await self._model(serve.get_multiplexed_model_id())
         try:
-            prepared = await asyncio.to_thread(self._prepare, generator, job)
+            prepared = await asyncio.to_thread(self._prepare, loaded, job)
         except _RefusedError as refused:
             yield refused.reason
             return
-        yield Begun(sum(each.tokens for each in prepared))
+        yield Begun(_count(prepared))
         for index, (each, settings) in enumerate(_choices(prepared, job.choices)):
-            async with aclosing(self._batches.pieces(generator, each.text, settings)) as news:
+            news = self._batches.pieces(loaded.generator, each.tokens, settings)
+            async with aclosing(news):
                 async for pieces in news:
                     text = "".join(piece.text for piece in pieces)
                     tokens = sum(piece.token is not None for piece in pieces)
                     yield Delta(index, text, tokens, pieces[-1].finish_reason)
 
-    def _prepare(self, generator: Generator, job: Job) -> list[Prepared]:
-        """Every prompt as text whose tokens have been counted; _RefusedError if one won't do."""
-        return [self._prepare_one(generator, job, prompt) for prompt in job.prompts]
+    def _prepare(self, loaded: Loaded, job: Job) -> list[Prepared]:
+        """Every prompt as tokens that fit; _RefusedError if one won't do."""
+        return [self._prepare_one(loaded, job, prompt) for prompt in job.prompts]
 
-    def _prepare_one(self, generator: Generator, job: Job, prompt: Prompt) -> Prepared:
-        settings, param = job.settings, "prompt"
-        if not isinstance(prompt, str):
-            param = "messages"
-            try:
-                prompt, stops = chat_prompt(generator.tokenizer, prompt)
-            except InputError as error:
-                raise _RefusedError("invalid_messages", str(error), param) from None
-            settings = settings.model_copy(update={"stop": (*settings.stop, *stops)})
+    def _prepare_one(self, loaded: Loaded, job: Job, prompt: Prompt) -> Prepared:
+        generator, settings = loaded.generator, job.settings
+        param = "messages" if prompt and isinstance(prompt[0], Mapping) else "prompt"
         try:
-            tokens = len(generator.encode(prompt))
+            ids, stops = loaded.reader.read(prompt)
         except InputError as error:
-            code = "context_length_exceeded" if prompt else "empty_prompt"
-            raise _RefusedError(code, str(error), param) from None
+            raise _RefusedError("invalid_prompt", str(error), param) from None
         context = min(generator.context or self._max_context, self._max_context)
-        beside = tokens if generator.family == "causal" else 0  # an encoder has a context of its own
-        wanted = job.max_tokens or min(settings.max_new_tokens, context - beside)
-        if tokens > context or wanted < 1 or beside + wanted > context:
+        beside = len(ids) if generator.family == "causal" else 0  # an encoder's context is its own
+        wanted = job.max_tokens or max(1, min(settings.max_new_tokens, context - beside))
+        if len(ids) > context or beside + wanted > context:
             raise _RefusedError(
                 "context_length_exceeded",
-                f"the model's context is {context} tokens; the prompt has {tokens}, and "
-                f"{job.max_tokens or 1} are wanted for the answer",
+                f"the model's context is {context} tokens; the prompt has {len(ids)}, and "
+                f"{wanted} more are wanted for the answer",
                 param,
             )
-        return Prepared(prompt, settings.model_copy(update={"max_new_tokens": wanted}), tokens)
+        try:
+            tokens = generator.encode(ids)
+        except InputError as error:
+            raise _RefusedError("empty_prompt", str(error), param) from None
+        update = {"max_new_tokens": wanted, "stop": (*settings.stop, *stops)}
+        return Prepared(tokens, settings.model_copy(update=update))
 
     @serve.multiplexed(max_num_models_per_replica=4)  # type: ignore[untyped-decorator]
-    async def _model(self, model: str) -> Generator:
+    async def _model(self, model: str) -> Loaded:
         """Load a bundle; the id names the content, so a folder that changed is another model."""
         return await asyncio.to_thread(_load, model)
 
 
-def _choices(prepared: Sequence[Prepared], choices: int) -> list[tuple[Prepared, GenerationSettings]]:
+def _count(prepared: Sequence[Prepared]) -> int:
+    return sum(len(each.tokens) for each in prepared)
+
+
+def _choices(
+    prepared: Sequence[Prepared], choices: int
+) -> list[tuple[Prepared, GenerationSettings]]:
     """Every answer to be made, with a seed of its own."""
     return [
         (each, each.settings.model_copy(update={"seed": each.settings.seed + number}))
@@ -215,11 +234,12 @@ def _choices(prepared: Sequence[Prepared], choices: int) -> list[tuple[Prepared,
     ]
 
 
-def _load(model: str) -> Generator:
+def _load(model: str) -> Loaded:
     folder = bundles.folder_of(model)
     if model_id(folder) != model:
         raise InputError(f"the bundle {folder} has changed since it was taken into service")
-    return Generator(load_bundle(folder))
+    generator = Generator(load_bundle(folder))
+    return Loaded(generator, PromptReader(generator.tokenizer, generator.family))
 
 
 def _describe(folder: Path) -> dict[str, Any]:

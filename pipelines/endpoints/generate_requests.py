@@ -43,12 +43,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-class Wrong(PydanticCustomError):
-    """A field is wrong, in words; a plain ValueError's would begin with `Value error, `."""
-
-    def __new__(cls, words: str) -> Self:
-        """`words` may hold no braces."""
-        return super().__new__(cls, "wrong", words)
+def wrong(words: str) -> PydanticCustomError:
+    """A field is wrong, in words (without braces) that stand as they are in the answer."""
+    return PydanticCustomError("wrong", words)
 
 
 # ------------------------------------------------------------------------------------- fields
@@ -59,29 +56,34 @@ def _text(value: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise Wrong("holds an unpaired surrogate: that is no text") from None
+        raise wrong("holds an unpaired surrogate: that is no text") from None
     return value
 
 
-def _prompts(value: Any) -> list[str]:
-    """A text or several; tokens are refused, as two tokenizers rarely number alike."""
-    texts = [value] if isinstance(value, str) else value
-    if isinstance(texts, list) and texts:
-        if all(isinstance(each, str) for each in texts):
-            return [_text(each) for each in texts]
-        if all(isinstance(each, int | list) for each in texts):
-            raise Wrong("prompts as numbers of tokens are not built here: send text")
-    raise Wrong("wants a text, or a list with one text or more")
+def _prompts(value: Any) -> list[str | tuple[int, ...]]:
+    """A text or several, each also as its tokens."""
+    several = [value] if isinstance(value, str) or _are(int, value) else value
+    if isinstance(several, list) and several:
+        if _are(str, several):
+            return [_text(each) for each in several]
+        if all(_are(int, each) for each in several):
+            return [tuple(each) for each in several]
+    raise wrong("wants a text, a list of tokens, or a list of one kind of these")
+
+
+def _are(kind: type, value: Any) -> bool:
+    """Whether a value is a list of one item of a kind or more; true and false are no numbers."""
+    return isinstance(value, list) and bool(value) and all(type(each) is kind for each in value)
 
 
 def _stops(value: Any) -> list[str]:
     texts = [value] if isinstance(value, str) else value if value is not None else []
     if not isinstance(texts, list) or not all(isinstance(each, str) for each in texts):
-        raise Wrong("wants a text, or a list of texts")
+        raise wrong("wants a text, or a list of texts")
     if len(texts) > MAX_STOPS:
-        raise Wrong(f"wants {MAX_STOPS} texts at most, not {len(texts)}")
+        raise wrong(f"wants {MAX_STOPS} texts at most, not {len(texts)}")
     if not all(1 <= len(each) <= MAX_STOP_LENGTH for each in texts):
-        raise Wrong(f"wants texts of 1 to {MAX_STOP_LENGTH} characters")
+        raise wrong(f"wants texts of 1 to {MAX_STOP_LENGTH} characters")
     return [_text(each) for each in texts]
 
 
@@ -90,16 +92,16 @@ def _content(value: Any) -> str:
     if isinstance(value, str):
         return _text(value)
     if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
-        raise Wrong("wants a text, or a list of text parts")
+        raise wrong("wants a text, or a list of text parts")
     for part in value:
         if part.get("type") != "text":
-            raise Wrong("only parts of type 'text' are built here")
+            raise wrong("only parts of type 'text' are built here")
         if set(part) != {"type", "text"} or not isinstance(part["text"], str):
-            raise Wrong("a text part has 'type' and 'text' and nothing else")
+            raise wrong("a text part has 'type' and 'text' and nothing else")
     return _text("".join(part["text"] for part in value))
 
 
-Prompts = Annotated[list[str], BeforeValidator(_prompts)]
+Prompts = Annotated[list[str | tuple[int, ...]], BeforeValidator(_prompts)]
 Stops = Annotated[list[str], BeforeValidator(_stops)]
 Content = Annotated[str, BeforeValidator(_content)]
 NotBuilt = Annotated[None, Field(description="not built: leave it out")]
@@ -154,14 +156,14 @@ class GenerateRequest(BaseModel):
         neutral = _NEUTRAL[str(info.field_name)]
         if value is None or any(type(value) is type(n) and value == n for n in neutral):
             return
-        raise Wrong("is not built here: leave it out")
+        raise wrong("is not built here: leave it out")
 
     @model_validator(mode="after")
     def _together(self) -> Self:
         if self.stream_options is not None and not self.stream:
-            raise Wrong("stream_options is only for requests with stream: true")
+            raise wrong("stream_options is only for requests with stream: true")
         if self.choices > 1 and self.greedy:
-            raise Wrong("with temperature 0 all n answers are the same: leave n at 1")
+            raise wrong("with temperature 0 all n answers are the same: leave n at 1")
         return self
 
     @property
@@ -183,7 +185,7 @@ class GenerateRequest(BaseModel):
 class CompletionRequest(GenerateRequest):
     """Body of `/v1/completions`."""
 
-    prompt: Prompts = Field(description="the text to go on with, or several")
+    prompt: Prompts = Field(description="the text to go on with, as text or tokens; or several")
 
     best_of: NotBuilt = None
     echo: NotBuilt = None
@@ -219,7 +221,7 @@ class ChatRequest(GenerateRequest):
     def _one_length(self) -> Self:
         newer = self.max_completion_tokens
         if newer is not None and self.max_tokens not in (None, newer):
-            raise Wrong("max_tokens and max_completion_tokens differ: give one of them")
+            raise wrong("max_tokens and max_completion_tokens differ: give one of them")
         return self
 
     @property
