@@ -83,7 +83,7 @@ class ModelCard(BaseModel):
 
     id: str
     object: Literal["model"] = "model"
-    created: int = Field(description="when the bundle was written, seconds since 1970")
+    created: int = Field(description="when it was taken into service, seconds since 1970")
     owned_by: str = "goldcrest"
     architecture: str
     family: str
