@@ -54,6 +54,12 @@ class BlockStep:
         """Calibration batches."""
         return len(self.hidden)
 
+    def beside(self, index: int) -> list[Tensor]:
+        """Tensors that the block is given beside its hidden states: masks, an encoder's states."""
+        call = self._calls[index]
+        given = (*call.arguments, *call.keywords.values())
+        return [each for each in given if isinstance(each, Tensor)]
+
     def run(self, index: int, hidden: Tensor | None = None) -> Tensor:
         """The block's output hidden states (B, T, D) for batch `index`, its weights as they are.
 

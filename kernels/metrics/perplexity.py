@@ -89,18 +89,21 @@ def masked_sums(
 
     Args:
         model: a masked language model in eval mode.
-        batch: input_ids, attention_mask and labels (B, T); tokens with a label are scored.
+        batch: input_ids and labels (B, T), attention_mask and whatever else the model takes, by
+            row; tokens with a label are scored.
         mask_id: the mask token's id.
         copies: rows per forward pass, each with another token masked.
     """
     ids, labels = batch["input_ids"], batch["labels"]
+    others = {key: value for key, value in batch.items() if key not in ("input_ids", "labels")}
     rows, places = torch.nonzero(labels != IGNORED, as_tuple=True)
     nll, entropy = torch.zeros(2, len(ids), dtype=torch.float64, device=ids.device)
     for row, place in zip(rows.split(copies), places.split(copies), strict=True):
         hidden = ids[row]
         here = torch.arange(len(row), device=ids.device)
         hidden[here, place] = mask_id
-        logits = model(input_ids=hidden, attention_mask=batch["attention_mask"][row]).logits
+        given = {key: value[row] for key, value in others.items()}
+        logits = model(input_ids=hidden, **given).logits
         losses, entropies = _token_terms(logits[here, place], labels[row, place])
         nll.index_add_(0, row, losses)
         entropy.index_add_(0, row, entropies)

@@ -103,14 +103,6 @@ def write_bundle(
     out.text("MODEL_CARD.md", model_card(description))
 
 
-def tokenizer_folder(artifact: Artifact) -> Path:
-    """The folder `tokenizer/` of an artifact (a tokenizer's or a bundle's), every file verified."""
-    for member in artifact.manifest["files"]:
-        if member.startswith("tokenizer/"):
-            artifact.file(member)
-    return artifact.path / "tokenizer"
-
-
 def verified(bundle: Artifact) -> Path:
     """The folder of a bundle's artifact, every file that loading reads verified."""
     for member in _SERVED:

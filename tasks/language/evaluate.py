@@ -296,14 +296,9 @@ def _describe(
             differences[name] = metric.value - others[name].value
             interval = bootstrap_difference(metric, others[name], **drawn)
             differences[f"{name}_ci"] = list(interval)
-    counted = {"rows": "perplexity", "examples": next(iter(metrics.keys() - _ON_TOKENS), "")}
-    for unit, metric_name in counted.items():
-        if metric_name in metrics:
-            values[unit] = len(metrics[metric_name].statistics)
+        unit = "rows" if name in quality.ON_TOKENS else "examples"
+        values[unit] = len(metric.statistics)
     return values, differences
-
-
-_ON_TOKENS = {"perplexity", "bits_per_char", "bits_per_byte", "entropy"}
 
 
 def _sizes(

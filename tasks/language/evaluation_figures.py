@@ -10,17 +10,18 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from goldcrest.tasks.language.quality import LOWER_IS_BETTER
+from goldcrest.tasks.language.quality import LOWER_IS_BETTER, ON_TOKENS
 
 _PERCENT = re.compile(r"^(?P<family>.+)_\d+(?:\.\d+)?$")
-_ALWAYS = ("perplexity", "bits_per_char", "bits_per_byte", "entropy")
 Values = Mapping[str, Mapping[str, Any]]
 
 
 def shown_metrics(language: Values) -> list[str]:
     """What is drawn, a panel each: perplexity, and the task metrics of the models that have any."""
-    named = {name: None for values in language.values() for name in values if f"{name}_ci" in values}
-    tasks = [name for name in named if name not in _ALWAYS]
+    named = {
+        name: None for values in language.values() for name in values if f"{name}_ci" in values
+    }
+    tasks = [name for name in named if name not in ON_TOKENS]
     return (["perplexity"] if "perplexity" in named else []) + tasks
 
 

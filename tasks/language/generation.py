@@ -110,7 +110,7 @@ class Generator:
                 f"a model of family '{self.family}' does not write text after a prompt",
                 hint="generation needs a causal or a sequence-to-sequence model",
             )
-        self.model, self.tokenizer = model.model, model.tokenizer
+        self.bundle, self.model, self.tokenizer = model, model.model, model.tokenizer
         self.batch_size = batch_size
         self.context = longest_text(self.model.config) if self.family == "causal" else None
 
@@ -158,7 +158,7 @@ class Generator:
         from goldcrest.tasks.language.prompts import encode_prompt
 
         if isinstance(prompt, str):
-            prompt = encode_prompt(self.tokenizer, prompt, self.family)
+            prompt = encode_prompt(self.bundle, prompt)
         ids = list(prompt)
         if not ids:
             raise InputError(
@@ -178,10 +178,14 @@ class Generator:
 
         Greedy, one prompt; the end-of-text token is never chosen, so that all models do the same.
         """
+        import torch
+
         settings = GenerationSettings(max_new_tokens=new_tokens)
         times = [time.perf_counter()]
 
         def tick() -> bool:
+            if self.model.device.type == "cuda":
+                torch.cuda.synchronize()
             times.append(time.perf_counter())
             return False
 
@@ -272,15 +276,15 @@ class Generator:
         )
 
     def _ends(self) -> list[int]:
-        """Tokens that end a text."""
+        """Tokens that end a text: nothing sensible comes after padding either."""
         known = self.model.generation_config.eos_token_id
         found = known if isinstance(known, list) else [known, self.tokenizer.eos_token_id]
-        return sorted({each for each in found if each is not None})
+        return sorted({each for each in (*found, self.tokenizer.pad_token_id) if each is not None})
 
     def _pad(self) -> int:
         """A token to fill up with; masked, so any will do where none is named."""
         pad = self.tokenizer.pad_token_id
-        return next(iter([] if pad is None else [pad]), (self._ends() or [0])[0])
+        return pad if pad is not None else (self._ends() or [0])[0]
 
     def _until_end(self, tokens: list[int]) -> list[int]:
         """Tokens up to and with the first one that ends the text."""
@@ -327,12 +331,14 @@ class Generator:
 
         transcript = Transcript(self.tokenizer, settings.stop, self._ends())
         worker = threading.Thread(target=work, name="generate", daemon=True)
+        given = 0
         worker.start()
         try:
             while not transcript.ended and (token := made.get()) is not None:
-                text = transcript.add(token)
-                if not transcript.ended or text:
+                text, known = transcript.add(token), len(transcript.tokens)
+                if known > given:
                     yield Piece(text, token)
+                given = known
         finally:
             left.set()
             worker.join()

@@ -6,10 +6,11 @@ summed up in evaluate.py.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 CONTINUED_WORDS = 12
 """Words of a text without a prompt that a model is given to go on from."""
 LOWER_IS_BETTER = {"perplexity", "bits_per_char", "bits_per_byte", "ter", "wer", "cer"}
+ON_TOKENS = ("perplexity", "bits_per_char", "bits_per_byte", "entropy")
 SPEECH_METRICS = {"wer", "cer"}
 
 
@@ -41,8 +43,8 @@ def text_metric(name: str) -> Callable[[Sequence[str], Sequence[Sequence[str]]],
         "bleu": translation.bleu,
         "chrf": translation.chrf,
         "ter": translation.ter,
-        "rouge1": rouge.rouge1,
-        "rouge2": rouge.rouge2,
+        "rouge1": functools.partial(rouge.rouge_n, 1),
+        "rouge2": functools.partial(rouge.rouge_n, 2),
         "rougeL": rouge.rouge_l,
         "wer": transcription.word_error_rate,
         "cer": transcription.character_error_rate,
@@ -78,22 +80,38 @@ def row_losses(shard: LossShard) -> np.ndarray:
         batch = loss_batch(bundle, rows)
         sums = batch_sums(bundle, {key: value.to(shard.device) for key, value in batch.items()})
         found[places, :3] = np.stack([each.cpu().numpy() for each in sums], axis=1)
-        found[places, 3:] = text_sizes(bundle.tokenizer, batch["labels"])
+    found[:, 3], found[:, 4] = reader.characters[shard.rows], reader.bytes[shard.rows]
     return found
 
 
 def loss_batch(bundle: LanguageModel, rows: Sequence[TokenRow]) -> dict[str, Tensor]:
     """Rows of a token file as the bundle's family reads them, with labels (B, T)."""
-    from goldcrest.tasks.language.batches import causal_batch, seq2seq_batch
+    import torch
+    from goldcrest.tasks.language.batches import causal_batch, masked_batch, seq2seq_batch
 
-    pad = bundle.tokenizer.pad_token_id or 0
-    family = bundle.facts["family"]
+    family, tokenizer = bundle.facts["family"], bundle.tokenizer
+    pad = tokenizer.pad_token_id or 0
     if family == "seq2seq":
         return seq2seq_batch(rows, pad)
-    if family in ("causal", "masked"):
-        # A masked model reads the same rows; every token with a label is masked in its turn.
-        return causal_batch(rows, pad)
-    raise InputError(f"a model of family '{family}' can't be scored on text alone")
+    if family == "causal":
+        return causal_batch(rows, pad, dtype=bundle.model.dtype)
+    if family != "masked" or tokenizer.mask_token_id is None:
+        raise InputError(
+            f"the model {bundle.facts['name']} of family '{family}' can't be scored on text",
+            hint="a masked model needs a tokenizer with a mask token; a speech model needs speech",
+        )
+    # Every token is asked for (a share of 1), so what the batch hid is all in its labels.
+    batch = masked_batch(
+        rows,
+        pad,
+        tokenizer.mask_token_id,
+        np.random.default_rng(0),
+        share=1.0,
+        special=tokenizer.all_special_ids,
+        dtype=bundle.model.dtype,
+    )
+    batch["input_ids"] = torch.where(batch["labels"] < 0, batch["input_ids"], batch["labels"])
+    return batch
 
 
 def batch_sums(bundle: LanguageModel, batch: dict[str, Tensor]) -> RowSums:
@@ -105,13 +123,6 @@ def batch_sums(bundle: LanguageModel, batch: dict[str, Tensor]) -> RowSums:
     if bundle.facts["family"] == "masked":
         return perplexity.masked_sums(bundle.model, batch, bundle.tokenizer.mask_token_id)
     return perplexity.causal_sums(bundle.model, batch)
-
-
-def text_sizes(tokenizer: Any, labels: Tensor) -> np.ndarray:
-    """(B, 2) characters and UTF-8 bytes of the text behind labels (B, T)."""
-    kept = [[token for token in row if token >= 0] for row in labels.tolist()]
-    texts = tokenizer.batch_decode(kept, skip_special_tokens=True)
-    return np.array([(len(text), len(text.encode())) for text in texts], np.float64)
 
 
 @dataclass(frozen=True)

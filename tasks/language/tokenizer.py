@@ -106,6 +106,12 @@ def tokenizer(cfg: TokenizerConfig, corpus: Artifact, out: Output, **more: Artif
     out.metrics(tokenizer=facts)
 
 
+def tokenizer_folder(made: Artifact) -> Path:
+    """The folder of a tokenizer artifact, every file in it verified."""
+    members = [name for name in made.manifest["files"] if name.startswith("tokenizer/")]
+    return [made.file(name) for name in members][-1].parent
+
+
 def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerFast:
     """The tokenizer in a folder, from its own files alone; no code of the folder is run.
 

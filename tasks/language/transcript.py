@@ -20,6 +20,7 @@ class Transcript:
         """`tokenizer` is a fast one of transformers; `ends` are tokens that end the text."""
         self.tokens: list[int] = []
         self.ended = False
+        self._cut = False  # by a stop string
         self._tokenizer = tokenizer
         self._decoder = DecodeStream(skip_special_tokens=True)
         self._stop = tuple(stop)
@@ -29,19 +30,16 @@ class Transcript:
 
     def add(self, token: int) -> str:
         """Text that has become certain by one more token; "" once the text has ended."""
-        if self.ended:
-            return ""
-        if token in self._ends:
+        if self.ended or token in self._ends:
             self.ended = True
-            return self._flush()
+            return ""
         self.tokens.append(token)
         return self._take(self._decoder.step(self._tokenizer.backend_tokenizer, token) or "")
 
     def finish(self) -> str:
         """What was held back, at the end of the tokens: a broken character becomes U+FFFD."""
-        return "" if self.ended else self._flush()
-
-    def _flush(self) -> str:
+        if self._cut:
+            return ""
         whole = self._tokenizer.decode(
             self.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
@@ -56,7 +54,7 @@ class Transcript:
         places = [place for each in self._stop if (place := self._held.find(each)) >= 0]
         if places:
             certain, self._held = self._held[: min(places)], ""
-            self.ended = True
+            self.ended = self._cut = True
             return certain
         keep = max((overlap(self._held, each) for each in self._stop), default=0)
         certain = self._held[: len(self._held) - keep]

@@ -1,0 +1,242 @@
+"""Tokens: a corpus as rows of tokens that a model sees at once, ready to be batched.
+
+A prompt and its answer are a row; plain text is packed (tasks/language/packing.py). Of prompts and
+answers the loss sees the answers only. What does not fit into `length` is cut or left out, and
+counted.
+
+    causal    [bos] prompt | answer [eos]         packed: [bos] text [eos] [bos] text [eos] ...
+    seq2seq   prompt [eos] -> answer [eos]        encoder's input -> labels
+    masked    packed, as above
+
+Artifact:
+    train.arrow, validation.arrow, test.arrow     see tasks/data/tokens.py
+    facts                                         rows, tokens, characters and bytes per split
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from goldcrest.cluster.api import (
+    Artifact,
+    Config,
+    DoesNotChangeResult,
+    InputError,
+    Output,
+    task,
+)
+from goldcrest.tasks.data.tokens import TokenReader, TokenRow, TokenWriter
+from goldcrest.tasks.language.examples import SPLITS, Split, count_examples, read_examples
+from goldcrest.tasks.language.packing import EncodedText, Packer
+from goldcrest.tasks.language.tokenizer import encode_plain, load_tokenizer, tokenizer_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_BATCH_BYTES = 2 << 20  # of text, handed to one worker at a time
+_BATCH_ROWS = 2048
+_EMPTY = np.zeros(0, np.int32)
+
+
+class TokensConfig(Config):
+    """How examples become rows of tokens."""
+
+    family: Literal["causal", "seq2seq", "masked"] = Field(
+        "causal", description="kind of model that the rows are for"
+    )
+    length: int = Field(
+        256, ge=2, description="greatest length of a row; seq2seq: of the encoder's input (tokens)"
+    )
+    answer_length: int | None = Field(
+        None, ge=2, description="seq2seq: greatest length of the labels (tokens); None: `length`"
+    )
+    pack: Literal["plain_text", "everything"] = Field(
+        "plain_text",
+        description="what shares rows: text without a prompt, or prompts with their answers too, "
+        "as text to learn a language from (masked models: always everything)",
+    )
+    overlong: Literal["drop", "truncate"] = Field(
+        "drop",
+        description="what happens to a prompt and answer that are too long: left out, or the end "
+        "of the answer (seq2seq: of either) is cut off",
+    )
+    bos: bool = Field(
+        True, description="begin texts with the tokenizer's bos, if it has one (not seq2seq)"
+    )
+    workers_cpus: Annotated[float, DoesNotChangeResult] = Field(
+        1.0, gt=0, description="CPU cores of each worker that encodes"
+    )
+
+
+@task(cpus=0, seeded=False, timeout="12h")
+def tokens(cfg: TokensConfig, corpus: Artifact, tokenizer: Artifact, out: Output) -> None:
+    """Encode, pack and write every split (see the module docstring)."""
+    folder = str(tokenizer_folder(tokenizer))
+    encode = functools.partial(encode_batch, folder=folder, bos=cfg.bos, family=cfg.family)
+    total = sum(count_examples(corpus, split) for split in SPLITS)
+    facts: dict[str, dict[str, int]] = {}
+    done = 0
+    for split in SPLITS:
+        with TokenWriter(out.file(f"{split}.arrow")) as writer:
+            rows = _RowMaker(cfg, writer)
+            texts = _text_batches(corpus, split)
+            for batch in out.runtime.map(encode, texts, cpus=cfg.workers_cpus, note="encode"):
+                for prompt, answer in batch:
+                    rows.add(prompt, answer)
+                done += len(batch)
+                out.progress(done / max(total, 1), f"{done} examples")
+            rows.close()
+        facts[split] = rows.facts
+    _check(facts["train"], cfg)
+    out.json("facts", {"family": cfg.family, "length": cfg.length, "splits": facts})
+    out.metrics(tokens=facts)
+    out.figure("lengths", _length_figure(out.path, cfg))
+
+
+def _text_batches(corpus: Artifact, split: Split) -> Iterator[list[tuple[str, str]]]:
+    """Prompts and answers in batches of bounded size."""
+    batch: list[tuple[str, str]] = []
+    size = 0
+    for example in read_examples(corpus, split):
+        batch.append((example.prompt, example.answer))
+        size += len(example.prompt) + len(example.answer)
+        if size >= _BATCH_BYTES or len(batch) == _BATCH_ROWS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+@functools.lru_cache(maxsize=2)
+def _loaded(folder: str) -> PreTrainedTokenizerFast:
+    return load_tokenizer(Path(folder))
+
+
+def encode_batch(
+    texts: Sequence[tuple[str, str]], *, folder: str, bos: bool, family: str
+) -> list[tuple[EncodedText, EncodedText]]:
+    """Prompts and answers as tokens, with bos and eos where the family has them; on a worker."""
+    tokenizer = _loaded(folder)
+    begin = [] if tokenizer.bos_token_id is None or not bos else [tokenizer.bos_token_id]
+    end = [tokenizer.eos_token_id]
+    prompts = _encoded(tokenizer, [prompt for prompt, _ in texts])
+    answers = _encoded(tokenizer, [answer for _, answer in texts])
+    if family == "seq2seq":
+        begin, prompts = [], [each.then(_special(end)) for each in prompts]
+    return [
+        (_special(begin).then(prompt), answer.then(_special(end)))
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+
+
+def _special(ids: Sequence[int]) -> EncodedText:
+    nothing = np.zeros(len(ids), np.int64)
+    return EncodedText(np.array(ids, np.int32), nothing, nothing)
+
+
+def _encoded(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[EncodedText]:
+    """Texts as tokens; the last token's ends are those of the text, whatever a normaliser did."""
+    encoded = []
+    for text, found in zip(texts, encode_plain(tokenizer, texts), strict=True):
+        ends = np.array([end for _, end in found.offsets], np.int64)
+        ends = np.maximum.accumulate(ends) if len(ends) else ends
+        ends[-1:] = len(text)
+        codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+        sizes = 1 + (codes > 0x7F) + (codes > 0x7FF) + (codes > 0xFFFF)
+        bytes_before = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        encoded.append(EncodedText(np.array(found.ids, np.int32), ends, bytes_before[ends]))
+    return encoded
+
+
+@dataclass
+class _RowMaker:
+    """Turns encoded examples of one split into rows, writes and counts them."""
+
+    cfg: TokensConfig
+    writer: TokenWriter
+    facts: dict[str, int] = field(
+        default_factory=lambda: dict.fromkeys(
+            (
+                *("examples", "rows", "tokens", "predicted", "characters", "bytes"),
+                *("dropped", "truncated", "longest"),
+            ),
+            0,
+        )
+    )
+
+    def __post_init__(self) -> None:
+        self._packer = Packer(self.cfg.length)
+
+    def add(self, prompt: EncodedText, answer: EncodedText) -> None:
+        """The next example."""
+        number = self.facts["examples"]
+        self.facts["examples"] += 1
+        plain = not prompt.characters.any()
+        if self.cfg.family == "seq2seq" and plain:
+            raise InputError(
+                "plain text can't train an encoder-decoder: it has no prompts",
+                hint="give templates for prompt and answer, or choose the causal family",
+            )
+        if plain or self.cfg.pack == "everything" or self.cfg.family == "masked":
+            for packed in self._packer.add(prompt.then(answer), number):
+                self._write(packed.row, packed.example, packed.characters, packed.bytes)
+        else:
+            self._add_example(prompt, answer, number)
+
+    def close(self) -> None:
+        """The last, shorter row."""
+        for packed in self._packer.close():
+            self._write(packed.row, packed.example, packed.characters, packed.bytes)
+
+    def _add_example(self, prompt: EncodedText, answer: EncodedText, number: int) -> None:
+        cfg = self.cfg
+        limits = (cfg.length, cfg.answer_length or cfg.length)
+        if cfg.family == "causal":
+            limits = (cfg.length - 1, max(cfg.length - len(prompt), 1))
+        fits = len(prompt) <= limits[0] and len(answer) <= limits[1]
+        cut = cfg.overlong == "truncate" and (cfg.family == "seq2seq" or len(prompt) <= limits[0])
+        if not fits and not cut:
+            self.facts["dropped"] += 1
+            return
+        self.facts["truncated"] += not fits
+        kept = min(len(answer), limits[1])
+        row = TokenRow(prompt.tokens[: limits[0]], answer.tokens[:kept], _EMPTY)
+        self._write(row, number, int(answer.characters[kept - 1]), int(answer.bytes[kept - 1]))
+
+    def _write(self, row: TokenRow, example: int, characters: int, size: int) -> None:
+        self.writer.write(row, example=example, characters=characters, size=size)
+        facts = self.facts
+        facts["rows"] += 1
+        facts["tokens"] += len(row)
+        # Of a document's tokens in a packed row the first has nothing to be predicted from.
+        facts["predicted"] += len(row.answer) - len(row.starts)
+        facts["characters"] += characters
+        facts["bytes"] += size
+        facts["longest"] = max(facts["longest"], len(row))
+
+
+def _check(train: dict[str, int], cfg: TokensConfig) -> None:
+    if train["rows"] == 0:
+        raise InputError(
+            f"none of {train['examples']} training examples fits into {cfg.length} tokens",
+            hint="raise tokens.length, or set tokens.overlong to truncate",
+        )
+
+
+def _length_figure(folder: Path, cfg: TokensConfig) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3))
+    axes = figure.subplots()
+    lengths = [TokenReader(folder / f"{split}.arrow").lengths for split in SPLITS]
+    axes.hist(lengths, bins=30, stacked=True, label=SPLITS)
+    axes.set(xlabel="tokens in a row", ylabel="rows", title=f"at most {cfg.length}")
+    axes.legend(loc="upper left", fontsize="small")
+    return figure

@@ -1,0 +1,288 @@
+"""Decoding: against transformers' own, against itself beside other prompts, and piece by piece."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from goldcrest.cluster.api import InputError
+from goldcrest.tasks.language.generation import GenerationSettings, Generator, Piece
+from goldcrest.tasks.language.sampling import GumbelNoise
+from goldcrest.tasks.language.transcript import Transcript, overlap
+from tests.tasks.language.writing_models import SPECIAL, byte_tokenizer, tiny_bundle
+
+PROMPTS = ["the quick brown fox", "a", "jumps over the lazy dog, twice"]
+WAYS = {
+    "greedy": GenerationSettings(max_new_tokens=9),
+    "beams": GenerationSettings(max_new_tokens=9, beams=3),
+    "sampling": GenerationSettings(max_new_tokens=9, temperature=0.8, top_k=40, top_p=0.9, seed=5),
+}
+
+
+@pytest.fixture(scope="module")
+def generators() -> dict[str, Generator]:
+    return {name: Generator(tiny_bundle(name)) for name in ("llama", "gpt2", "mpt", "t5")}
+
+
+@pytest.mark.parametrize("way", sorted(WAYS))
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mpt", "t5"])
+def test_a_prompt_is_answered_alike_alone_and_beside_others(
+    generators: dict[str, Generator], architecture: str, way: str
+) -> None:
+    """Padding on the left changes nothing, nor does the order of the batches."""
+    generator, chosen = generators[architecture], WAYS[way]
+    together = generator.generate(PROMPTS, chosen)
+    assert [each.prompt_tokens for each in together] == [len(p) + 1 for p in PROMPTS]
+    if way == "sampling":  # a place of its own, so a stream of its own
+        assert generator.generate(PROMPTS[:1], chosen)[0] == together[0]
+        assert generator.generate(PROMPTS, chosen) == together
+        other = chosen.model_copy(update={"seed": 6})
+        assert generator.generate(PROMPTS, other) != together
+    else:
+        assert [generator.generate([prompt], chosen)[0] for prompt in PROMPTS] == together
+
+
+@pytest.mark.parametrize("architecture", ["llama", "t5"])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_greedy_and_beams_are_transformers_own(
+    generators: dict[str, Generator], architecture: str, beams: int
+) -> None:
+    generator = generators[architecture]
+    ids = torch.tensor([generator.encode(PROMPTS[0])])
+    expected = generator.model.generate(
+        ids, max_new_tokens=9, num_beams=beams, do_sample=False, pad_token_id=0
+    )
+    start = 1 if architecture == "t5" else ids.shape[1]
+    (made,) = generator.generate(PROMPTS[:1], GenerationSettings(max_new_tokens=9, beams=beams))
+    tokens = [token for token in expected[0, start:].tolist() if token not in (0, 2)]
+    assert list(made.tokens) == tokens
+
+
+def test_special_tokens_stand_where_the_model_was_trained_with_them() -> None:
+    causal, encoder = Generator(tiny_bundle("llama")), Generator(tiny_bundle("t5"))
+    assert causal.encode("ab") == [1, *byte_tokenizer()("ab")["input_ids"]]
+    assert encoder.encode("ab") == [*byte_tokenizer()("ab")["input_ids"], 2]
+    assert causal.encode("") == [1]
+    assert 2 not in causal.encode("ends here</s>")
+    bundle = tiny_bundle("llama")
+    without = Generator(
+        type(bundle)({**bundle.facts, "bos": False}, bundle.model, bundle.tokenizer)
+    )
+    assert without.encode("ab") == causal.encode("ab")[1:]
+    with pytest.raises(InputError, match="empty"):
+        without.encode("")
+
+
+@pytest.mark.parametrize("stop", [(), ("\x41",), ("zz", "qq")])
+@pytest.mark.parametrize("way", ["greedy", "sampling"])
+def test_a_stream_is_the_whole_answer_in_pieces(
+    generators: dict[str, Generator], way: str, stop: tuple[str, ...]
+) -> None:
+    chosen = WAYS[way].model_copy(update={"stop": stop, "max_new_tokens": 30})
+    for generator in generators.values():
+        (whole,) = generator.generate(PROMPTS[:1], chosen)
+        pieces = list(generator.stream(PROMPTS[0], chosen))
+        assert "".join(piece.text for piece in pieces) == whole.text
+        assert [p.token for p in pieces[:-1]] == list(whole.tokens)
+        assert pieces[-1] == Piece(pieces[-1].text, None, whole.finish_reason)
+        assert all(piece.finish_reason is None for piece in pieces[:-1])
+
+
+def test_stop_strings_end_an_answer_and_are_cut_off(generators: dict[str, Generator]) -> None:
+    for generator in generators.values():
+        chosen = GenerationSettings(max_new_tokens=60, temperature=1.0, seed=1)
+        free = generator.generate(PROMPTS, chosen)
+        for place, answer in enumerate(free):
+            stop = next(letter for letter in answer.text[8:] if "!" < letter < "\x7f")
+            again = chosen.model_copy(update={"stop": (stop, "never this one")})
+            stopped = generator.generate(PROMPTS, again)[place]
+            assert stopped.text == answer.text[: answer.text.index(stop)]
+            assert stopped.finish_reason == "stop"
+            assert stopped.tokens == answer.tokens[: len(stopped.tokens)]
+
+
+def test_a_stop_string_stops_the_model_too() -> None:
+    """Not only the text is cut: the model writes nothing behind it."""
+    generator = Generator(tiny_bundle("llama"))
+    chosen = GenerationSettings(max_new_tokens=40, temperature=1.0, seed=1)
+    (answer,) = generator.generate(["x"], chosen)
+    steps = 0
+    run = generator.model.forward
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        return run(*args, **kwargs)
+
+    generator.model.forward = counted
+    stop = next(letter for letter in answer.text[8:] if letter not in answer.text[:8])
+    place = answer.text.index(stop)
+    generator.generate(["x"], chosen.model_copy(update={"stop": (stop,)}))
+    assert steps <= len(answer.text[: place + 1].encode()) + 1 < 40
+
+
+def test_the_end_of_text_token_ends_an_answer(generators: dict[str, Generator]) -> None:
+    generator = Generator(tiny_bundle("gpt2"))
+    (free,) = generator.generate(["x"], GenerationSettings(max_new_tokens=20))
+    generator.model.generation_config.eos_token_id = [2, free.tokens[0]]
+    (ended,) = generator.generate(["x"], GenerationSettings(max_new_tokens=20))
+    assert (ended.text, ended.tokens, ended.finish_reason) == ("", (), "stop")
+    assert list(generator.stream("x", GenerationSettings())) == [Piece("", None, "stop")]
+
+
+def test_the_context_ends_an_answer_and_refuses_a_prompt() -> None:
+    """GPT-2 has 64 positions; a row at its end must not be carried beyond it by the others."""
+    generator = Generator(tiny_bundle("gpt2"))
+    assert generator.context == 64
+    prompts = ["p" * 60, "short", "q" * 61, "s" * 62]
+    made = generator.generate(prompts, GenerationSettings(max_new_tokens=20, temperature=1.0))
+    assert [len(each.tokens) for each in made] == [3, 20, 2, 1]
+    assert {each.finish_reason for each in made} == {"length"}
+    with pytest.raises(InputError, match="64 tokens, which leaves no room"):
+        generator.generate(["p" * 63], GenerationSettings())
+    with pytest.raises(InputError, match="no room"):
+        generator.stream("p" * 63, GenerationSettings())  # before a piece is asked for
+
+
+def test_a_cancelled_stream_stops_at_once() -> None:
+    generator = Generator(tiny_bundle("llama"))
+    cancelled = threading.Event()
+    pieces = []
+    for piece in generator.stream("x", GenerationSettings(max_new_tokens=500), cancelled):
+        pieces.append(piece)
+        if len(pieces) == 3:
+            cancelled.set()
+    assert pieces[-1].finish_reason == "cancelled"
+    assert len(pieces) < 100
+
+
+def test_a_stream_that_is_left_takes_its_thread_along() -> None:
+    generator = Generator(tiny_bundle("llama"))
+    stream = generator.stream("x", GenerationSettings(max_new_tokens=500))
+    next(stream)
+    assert any(thread.name == "generate" for thread in threading.enumerate())
+    stream.close()  # type: ignore[attr-defined]
+    assert not any(thread.name == "generate" for thread in threading.enumerate())
+
+
+def test_what_goes_wrong_in_the_model_reaches_the_reader() -> None:
+    generator = Generator(tiny_bundle("llama"))
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    generator.model.forward = broken
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(generator.stream("x", GenerationSettings()))
+
+
+def test_streams_in_two_threads_give_what_each_gives_alone() -> None:
+    """Sampling draws from a generator of the request, not from one that threads share."""
+    generator = Generator(tiny_bundle("llama"))
+    chosen = [GenerationSettings(max_new_tokens=25, temperature=1.0, seed=s) for s in (1, 2)]
+    alone = [generator.generate(["x"], each)[0].text for each in chosen]
+    streams = [generator.stream("x", each) for each in chosen]
+    texts = ["", ""]
+    open_streams = {0, 1}
+    while open_streams:
+        for place in sorted(open_streams):
+            piece = next(streams[place], None)
+            if piece is None:
+                open_streams.remove(place)
+            else:
+                texts[place] += piece.text
+    assert texts == alone
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"beams": 2, "temperature": 0.5}, "does not sample"),
+        ({"stop": ("a", "")}, "stop string is empty"),
+        ({"temperature": -1}, "greater than or equal to 0"),
+        ({"top_p": 0}, "greater than 0"),
+        ({"max_new_tokens": 0}, "greater than or equal to 1"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        GenerationSettings(**values)
+
+
+def test_models_that_do_not_write_are_refused() -> None:
+    for architecture in ("bert", "whisper"):
+        with pytest.raises(InputError, match="does not write"):
+            Generator(tiny_bundle(architecture))
+    with pytest.raises(InputError, match="can't be streamed"):
+        Generator(tiny_bundle("llama")).stream("x", GenerationSettings(beams=2))
+
+
+def test_gumbel_noise_samples_the_softmax() -> None:
+    """Shares of 4000 draws against the probabilities, within four standard errors."""
+    scores = torch.tensor([[0.0, 1.0, 2.0, -torch.inf]])
+    noise = GumbelNoise(seed=0, streams=[3])
+    ids = torch.zeros(1, 1, dtype=torch.long)
+    drawn = [int(noise(ids, scores).argmax()) for _ in range(4000)]
+    shares = np.bincount(drawn, minlength=4) / len(drawn)
+    expected = scores.softmax(-1).numpy()[0]
+    assert np.all(np.abs(shares - expected) <= 4 * np.sqrt(expected * (1 - expected) / 4000))
+
+
+def space_tokenizer() -> PreTrainedTokenizerFast:
+    """Words with their space in front, as sentencepiece has them."""
+    words = ["<unk>", "</s>", "▁", "▁a", "▁the", "b", "c", "▁b", "."]
+    backend = Tokenizer(models.Unigram([(word, -1.0) for word in words], unk_id=0))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    backend.add_special_tokens(["</s>"])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+
+
+TOKENIZERS = {"bytes": byte_tokenizer(), "spaces": space_tokenizer()}
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_pieces_of_any_tokens_make_up_the_decoded_text(data: st.DataObject) -> None:
+    tokenizer = TOKENIZERS[data.draw(st.sampled_from(sorted(TOKENIZERS)))]
+    tokens = data.draw(st.lists(st.integers(0, len(tokenizer) - 1), max_size=20))
+    stops = data.draw(st.lists(st.text("ab .", min_size=1, max_size=3), max_size=2))
+    transcript = Transcript(tokenizer, stops, ends=[])
+    text = "".join(transcript.add(token) for token in tokens) + transcript.finish()
+    whole = tokenizer.decode(tokens, skip_special_tokens=True)
+    cut = min([place for stop in stops if (place := whole.find(stop)) >= 0], default=len(whole))
+    assert text == whole[:cut]
+    assert transcript.ended == (cut < len(whole) or any(stop in whole for stop in stops))
+
+
+@pytest.mark.parametrize("text", ["€uro", "日本", "🐦!"])
+def test_a_character_is_handed_out_whole(text: str) -> None:
+    tokenizer = byte_tokenizer()
+    transcript = Transcript(tokenizer, [], ends=[2])
+    pieces = [transcript.add(token) for token in tokenizer(text)["input_ids"]]
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+    broken = Transcript(tokenizer, [], ends=[2])
+    first = [broken.add(token) for token in tokenizer("🐦")["input_ids"][:2]]
+    assert first == ["", ""]
+    assert broken.finish() == "\ufffd"
+
+
+@given(st.text("ab", max_size=6), st.text("ab", min_size=1, max_size=4))
+def test_overlap_is_the_longest_beginning_at_the_end(text: str, stop: str) -> None:
+    length = overlap(text, stop)
+    assert length < len(stop)
+    assert text.endswith(stop[:length])
+    assert not any(text.endswith(stop[:n]) for n in range(length + 1, len(stop)))
+
+
+def test_the_special_tokens_are_where_the_models_expect_them() -> None:
+    assert [byte_tokenizer().convert_tokens_to_ids(each) for each in SPECIAL] == [0, 1, 2, 3]
