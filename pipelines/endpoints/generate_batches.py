@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import defaultdict
-from collections.abc import AsyncIterator, Hashable, Sequence
+from collections.abc import AsyncGenerator, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 
@@ -74,7 +74,7 @@ class Batches:
 
     async def pieces(
         self, generator: Generator, prompt: Sequence[int], settings: GenerationSettings
-    ) -> AsyncIterator[list[Piece]]:
+    ) -> AsyncGenerator[list[Piece], None]:
         """The answer to one prompt while it is made: what is new since the reader last asked."""
         loop = asyncio.get_running_loop()
         made: asyncio.Queue[Piece | None] = asyncio.Queue()

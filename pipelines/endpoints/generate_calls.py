@@ -48,7 +48,7 @@ class Served:
         """The answer while it is made, once the model has taken the job on; or HTTPException."""
 
         async def ask() -> tuple[Begun | Refused, Any]:
-            call = self.handle.options(stream=True).stream.remote(job)
+            call: Any = self.handle.options(stream=True).stream.remote(job)
             try:
                 return await anext(call), call
             except BaseException:

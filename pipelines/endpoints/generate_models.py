@@ -150,7 +150,7 @@ class TextModels:
         loaded = await self._model(model)
         if model not in self._warm:
             settings = GenerationSettings(max_new_tokens=2)
-            (ids, _) = loaded.reader.read("a")
+            ids, _ = loaded.reader.read("a")
             await self._batches.answer(model, loaded.generator, ids, settings)
             self._warm.add(model)
 
@@ -239,7 +239,7 @@ def _load(model: str) -> Loaded:
     if model_id(folder) != model:
         raise InputError(f"the bundle {folder} has changed since it was taken into service")
     generator = Generator(load_bundle(folder))
-    return Loaded(generator, PromptReader(generator.tokenizer, generator.family))
+    return Loaded(generator, PromptReader(generator.bundle))
 
 
 def _describe(folder: Path) -> dict[str, Any]:

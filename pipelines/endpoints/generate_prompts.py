@@ -20,6 +20,7 @@ and the answer ends where the model would write the user's next turn.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 import secrets
 import threading
@@ -29,7 +30,9 @@ from typing import Any
 import jinja2
 
 from goldcrest.cluster.errors import InputError
+from goldcrest.tasks.language.bundle import LanguageModel
 from goldcrest.tasks.language.prompts import encode_prompt
+from goldcrest.tasks.language.tokenizer import encode_plain
 
 NEXT_TURN = "\nUser:"
 _NAMES = {"user": "User", "assistant": "Assistant"}
@@ -41,12 +44,12 @@ Prompt = str | tuple[int, ...] | tuple[Turn, ...]
 class PromptReader:
     """Prompts of one model as tokens; may be called in several threads."""
 
-    def __init__(self, tokenizer: Any, family: str) -> None:
+    def __init__(self, bundle: LanguageModel) -> None:
         # A copy of its own, and a lock: what encodes text as plain switches the tokenizer over.
-        self._tokenizer = copy.deepcopy(tokenizer)
-        self._family = family
+        self._tokenizer = copy.deepcopy(bundle.tokenizer)
+        self._bundle = dataclasses.replace(bundle, tokenizer=self._tokenizer)
         self._lock = threading.Lock()
-        added = tokenizer.added_tokens_decoder.values()
+        added = bundle.tokenizer.added_tokens_decoder.values()
         self._special = [str(each) for each in added if each.special]
 
     def read(self, prompt: Prompt) -> tuple[list[int], tuple[str, ...]]:
@@ -56,16 +59,13 @@ class PromptReader:
         """
         with self._lock:
             if isinstance(prompt, str):
-                return self._plain(prompt), ()
+                return encode_prompt(self._bundle, prompt), ()
             if prompt and isinstance(prompt[0], int):
                 return self._checked(prompt), ()
             turns: Any = prompt
             if getattr(self._tokenizer, "chat_template", None) is None:
-                return self._plain(play(turns)), (NEXT_TURN,)
+                return encode_prompt(self._bundle, play(turns)), (NEXT_TURN,)
             return self._templated(turns), ()
-
-    def _plain(self, text: str) -> list[int]:
-        return encode_prompt(self._tokenizer, text, self._family)
 
     def _checked(self, tokens: Sequence[Any]) -> list[int]:
         size = len(self._tokenizer)
@@ -82,7 +82,8 @@ class PromptReader:
         parts = re.split(f"({'|'.join(map(re.escape, marks))})", self._render(marked))
         tokens: list[int] = []
         for part in filter(None, parts):
-            tokens += self._plain(marks[part]) if part in marks else self._with_special(part)
+            written = part not in marks
+            tokens += self._with_special(part) if written else self._plain(marks[part])
         return tokens
 
     def _render(self, turns: Sequence[Turn]) -> str:
@@ -95,6 +96,9 @@ class PromptReader:
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:300]
             raise InputError(f"the model's chat template refuses the messages: {reason}") from error
+
+    def _plain(self, text: str) -> list[int]:
+        return list(encode_plain(self._tokenizer, [text])[0].ids)
 
     def _with_special(self, text: str) -> list[int]:
         found: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
