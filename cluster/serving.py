@@ -73,6 +73,9 @@ class ServingSettings(Config):
     max_body_bytes: int = Field(16 << 20, ge=1024, description="largest body of a request, bytes")
     body_seconds: float = Field(20.0, gt=0, description="time for a request's body to arrive")
     request_seconds: float = Field(30.0, gt=0, description="time until the answer begins")
+    answer_seconds: float = Field(
+        600.0, gt=0, description="time from there to the end of an answer that is streamed"
+    )
     max_requests: int = Field(
         64, ge=1, description="requests inside one HTTP replica; more are answered 503 at once"
     )
@@ -85,6 +88,7 @@ class ServingSettings(Config):
             body_bytes=self.max_body_bytes,
             body_seconds=self.body_seconds,
             request_seconds=self.request_seconds,
+            answer_seconds=self.answer_seconds,
             requests=self.max_requests,
         )
 
@@ -93,6 +97,7 @@ class Endpoint(ABC):
     """The HTTP side of a served model: routes of its own behind the gate, and the common ones."""
 
     title = "Goldcrest"
+    invalid_status = 422  # of requests whose fields are wrong
     open_paths: Sequence[str] = ()  # static pages that ask for the token themselves
 
     def __init__(self, settings: ServingSettings) -> None:
@@ -126,7 +131,7 @@ class Endpoint(ABC):
         )
         app.add_middleware(GateMiddleware, gate=self.gate)
         app.add_exception_handler(HTTPException, _http_problem)
-        app.add_exception_handler(RequestValidationError, _validation_problem)
+        app.add_exception_handler(RequestValidationError, self._validation_problem)
         app.add_exception_handler(Exception, _unexpected_problem)
         app.include_router(self._common_routes())
         app.include_router(self.routes())
@@ -159,6 +164,19 @@ class Endpoint(ABC):
             return Response(self.metrics.exposition(), media_type=CONTENT_TYPE)
 
         return router
+
+    async def _validation_problem(self, request: Request, error: Any) -> JSONResponse:
+        """Every wrong field with its reason, never its value: that may be a secret, or huge."""
+        fields = [
+            {"field": ".".join(str(part) for part in each["loc"][1:])[:200], "message": each["msg"]}
+            for each in error.errors()[:20]
+        ]
+        named = (f"{each['field']}: " if each["field"] else "" for each in fields)
+        said = "; ".join(name + each["message"] for name, each in zip(named, fields, strict=True))
+        first = fields[0]["field"] or None
+        return problem(
+            self.invalid_status, "invalid", said[:1000], request.scope, param=first, fields=fields
+        )
 
 
 def page(content: str, *, scripts: bool = False) -> Response:
@@ -253,16 +271,6 @@ def read_token(path: Path) -> str:
 
 async def _http_problem(request: Request, error: Any) -> JSONResponse:
     return answer_of(error, request.scope)
-
-
-async def _validation_problem(request: Request, error: Any) -> JSONResponse:
-    """Every wrong field with its reason, never with its value: that may be a secret, or huge."""
-    fields = [
-        {"field": ".".join(str(part) for part in each["loc"][1:])[:200], "message": each["msg"]}
-        for each in error.errors()[:20]
-    ]
-    said = "; ".join(f"{each['field']}: {each['message']}" for each in fields)
-    return problem(422, "invalid", said[:1000], request.scope, fields=fields)
 
 
 async def _unexpected_problem(request: Request, error: Exception) -> JSONResponse:

@@ -6,6 +6,10 @@
 An ASGI middleware, so that it also sees WebSocket handshakes, and counts the body as it arrives:
 a declared length proves nothing, and a chunked body declares none.
 
+An answer that comes piece by piece (server-sent events) has two clocks: one until it begins, and a
+longer one until it ends. Its reader has the status already when the second runs out, so the reason
+comes as a last event.
+
 Without a token only this machine may call, and only by a loopback name: a web page that the user
 happens to have open could otherwise send forms to 127.0.0.1, under its own origin or, with a
 rebound DNS name, under one that resolves to it.
@@ -27,6 +31,8 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
+
+from goldcrest.cluster.serving_events import is_event_stream, last_event
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -62,6 +68,7 @@ class Limits:
     body_bytes: int = 16 << 20  # of one request's body
     body_seconds: float = 20.0  # until the whole body has arrived
     request_seconds: float = 30.0  # until the answer begins, the body included
+    answer_seconds: float = 600.0  # from there to its end
     requests: int = 64  # at the same time; more are turned away at once
     retry_after: int = 1  # seconds, what those are told
 
@@ -108,12 +115,23 @@ def token_digest(token: str) -> bytes:
 
 
 def problem(status: int, code: str, message: str, scope: Scope, **more: Any) -> JSONResponse:
-    """The one shape of every error: `{"error": {"code", "message", ...}, "request_id"}`."""
+    """An error as the answer to a request."""
     headers = more.pop("headers", None)
-    error = {"code": code, "message": message, **more}
-    return JSONResponse(
-        {"error": error, "request_id": request_id(scope)}, status_code=status, headers=headers
-    )
+    body = problem_body(status, code, message, scope, **more)
+    return JSONResponse(body, status_code=status, headers=headers)
+
+
+def problem_body(
+    status: int, code: str, message: str, scope: Scope, *, param: str | None = None, **more: Any
+) -> dict[str, Any]:
+    """The one shape of every error: `{"error": {"code", "message", ...}, "request_id"}`.
+
+    `type` and `param` (the field that is wrong) are there for clients of OpenAI's interface, which
+    read them.
+    """
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    error = {"code": code, "message": message, "type": kind, "param": param, **more}
+    return {"error": error, "request_id": request_id(scope)}
 
 
 def request_id(scope: Scope) -> str | None:
@@ -196,29 +214,35 @@ class GateMiddleware:
         return problem(413, "too_large", f"the body is larger than {limit} bytes", scope)
 
     async def _admitted(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the endpoint with a counted body and a clock."""
+        """Run the endpoint with a counted body and two clocks."""
         gate = self._gate
         body = _Body(receive, gate.limits)
-        started = False
+        begun: Message | None = None
 
         async def noting(message: Message) -> None:
-            nonlocal started
-            started = True
+            nonlocal begun
+            if begun is None:
+                begun = message
+                clock.reschedule(asyncio.get_running_loop().time() + gate.limits.answer_seconds)
             await send(message)
 
         gate.enter()
         try:
-            async with asyncio.timeout(gate.limits.request_seconds):
+            async with asyncio.timeout(gate.limits.request_seconds) as clock:
                 await self._app(scope, body.receive, noting)
         except HTTPException as error:  # of the body, on its way through a handler that reads it
-            if started:
+            if begun is not None:
                 raise
             await answer_of(error, scope)(scope, receive, send)
         except TimeoutError:
-            if started:
+            if begun is None:
+                said = f"no answer within {gate.limits.request_seconds:g} s"
+                await problem(504, "timeout", said, scope)(scope, receive, send)
+            elif clock.expired() and is_event_stream(begun):
+                said = f"the answer took longer than {gate.limits.answer_seconds:g} s"
+                await send(last_event(problem_body(504, "timeout", said, scope)))
+            else:
                 raise
-            said = f"no answer within {gate.limits.request_seconds:g} s"
-            await problem(504, "timeout", said, scope)(scope, receive, send)
         finally:
             gate.leave()
 

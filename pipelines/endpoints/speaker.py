@@ -32,9 +32,16 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from goldcrest.cluster.serving import Endpoint, ServingSettings, ingress, model_options, page
+from goldcrest.cluster.serving import Endpoint, ingress, model_options, page
+from goldcrest.pipelines.endpoints.bundles import (
+    ID,
+    BundleSettings,
+    ServedKind,
+    fingerprint,
+    refuse,
+)
 from goldcrest.pipelines.endpoints.speaker_calibration import Calibration
-from goldcrest.pipelines.endpoints.speaker_choice import ID, read_choice
+from goldcrest.pipelines.endpoints.speaker_choice import ModelChoice, check_choice
 from goldcrest.pipelines.endpoints.speaker_enrolments import (
     Enrolments,
     FullError,
@@ -42,28 +49,27 @@ from goldcrest.pipelines.endpoints.speaker_enrolments import (
     pooled,
     unit,
 )
-from goldcrest.pipelines.endpoints.speaker_models import Embedded, SpeakerModels, fingerprint
+from goldcrest.pipelines.endpoints.speaker_models import (
+    Embedded,
+    SpeakerModels,
+    members,
+    model_id,
+)
 
 DATABASE = "speakers.sqlite"
 _DEMO = Path(__file__).with_name("speaker_demo.html")
 _TRIES = 3  # of a call whose replica was lost: embedding changes nothing, so it may be repeated
 
 
-class SpeakerSettings(ServingSettings):
+class SpeakerSettings(BundleSettings):
     """`args` of the speaker application in a Serve config file."""
 
-    models: dict[str, Any] | None = Field(
-        None,
-        description="a ModelChoice, or `file:` one as JSON; in a Serve config file it is better "
-        "given as `user_config` of both deployments, which restarts nothing",
-    )
     min_seconds: float = Field(0.3, gt=0, description="shortest recording, seconds")
     max_seconds: float = Field(60.0, gt=0, description="longest recording, seconds")
     max_recordings: int = Field(10, ge=2, le=100, description="recordings of one request")
     max_enrolled: int = Field(50, ge=1, description="recordings that are kept of one speaker")
     max_speakers: int = Field(100_000, ge=1, description="speakers that can be enrolled")
     max_batch: int = Field(16, ge=1, le=1024, description="recordings embedded in one pass")
-    demo: bool = Field(False, description="serve the page `/demo`")
 
 
 # ------------------------------------------------------------------------------------ answers
@@ -156,7 +162,7 @@ class SpeakerEndpoint(Endpoint):
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Take the bundles of a `ModelChoice` into service; requests go on meanwhile."""
-        choice = read_choice(user_config)
+        choice = ModelChoice.read(user_config)
         served = {}
         for name, folder in choice.bundles.items():
             facts = await self._models.describe.remote(str(folder))
@@ -370,12 +376,6 @@ class SpeakerEndpoint(Endpoint):
         ]
 
 
-def refuse(status: int, code: str, message: str, retry: int | None = None) -> HTTPException:
-    """An error for the caller; `retry` is seconds for `Retry-After`."""
-    headers = {"Retry-After": str(retry)} if retry is not None else None
-    return HTTPException(status, {"code": code, "message": message}, headers)
-
-
 def unknown(speaker: str) -> HTTPException:
     """The error for a speaker that nobody enrolled."""
     return refuse(404, "unknown_speaker", f"no speaker '{speaker}' is enrolled")
@@ -409,3 +409,15 @@ def application(args: SpeakerSettings) -> serve.Application:
             cpus=args.cpus,
         ),
     )
+
+
+SERVED = ServedKind(
+    endpoint=SpeakerEndpoint.__name__,
+    models=SpeakerModels.__name__,
+    settings=SpeakerSettings,
+    choice=ModelChoice,
+    application=application,
+    members=members,
+    identity=model_id,
+    check=check_choice,
+)

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
 
 from pydantic import Field
 
-from goldcrest.cluster.api import Config
 from goldcrest.cluster.errors import InputError
-from goldcrest.pipelines.endpoints.speaker_calibration import Calibration
+from goldcrest.pipelines.endpoints.bundles import BundleChoice
+from goldcrest.pipelines.endpoints.speaker_calibration import Calibration, read_calibration
+from goldcrest.tasks.speaker.bundle import read_description
 
-ID = r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$"  # of speakers and of models
 
-
-class ModelChoice(Config):
+class ModelChoice(BundleChoice):
     """Which bundles are served, and from which score a speaker is accepted."""
 
-    bundles: dict[Annotated[str, Field(pattern=ID)], Path] = Field(
-        min_length=1, max_length=16, description="name -> folder; the first is the default"
-    )
     threshold: float | None = Field(
         None, ge=-1, le=1, description="accept from this score, whatever the calibration says"
     )
@@ -40,8 +34,8 @@ class ModelChoice(Config):
         return calibration.threshold(self.far)
 
 
-def read_choice(user_config: Mapping[str, Any]) -> ModelChoice:
-    """The choice that a `user_config` holds, or that the file lies in which it names."""
-    if set(user_config) != {"file"}:
-        return ModelChoice.model_validate(user_config)
-    return ModelChoice.model_validate_json(Path(user_config["file"]).read_text("utf-8"))
+def check_choice(choice: ModelChoice) -> None:
+    """InputError where a bundle is none, or where nothing says when its speakers are accepted."""
+    for folder in choice.bundles.values():
+        system = str(read_description(folder)["name"])
+        choice.threshold_of(folder, read_calibration(folder, system=system))

@@ -14,7 +14,6 @@ process dies alone, is started again, and the HTTP side asks another replica.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +24,9 @@ from ray import serve
 
 from goldcrest.cluster.errors import InputError
 from goldcrest.cluster.runtime import limit_threads
+from goldcrest.pipelines.endpoints import bundles
 from goldcrest.pipelines.endpoints.speaker_calibration import read_calibration
-from goldcrest.pipelines.endpoints.speaker_choice import read_choice
+from goldcrest.pipelines.endpoints.speaker_choice import ModelChoice
 from goldcrest.tasks.data.audio import AudioError, AudioLimits, decode
 from goldcrest.tasks.speaker.bundle import SpeakerModel, load_bundle, read_description
 
@@ -44,23 +44,14 @@ class Embedded:
 
 
 def model_id(folder: Path) -> str:
-    """`fingerprint@folder`: the content of a bundle's files that decide an embedding, and where."""
-    digest = hashlib.sha256()
-    for name in ("bundle.json", _WEIGHTS):
-        path = folder / name
-        try:
-            if path.stat().st_size > MAX_MODEL_BYTES:
-                raise InputError(f"{path} is larger than {MAX_MODEL_BYTES >> 30} GiB")
-            with path.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-        except OSError as error:
-            raise InputError(f"{path} can't be read: {error.strerror}") from None
-    return f"{digest.hexdigest()[:16]}@{folder}"
+    """`fingerprint@folder` of a speaker bundle."""
+    return bundles.model_id(folder, ("bundle.json", _WEIGHTS), max_bytes=MAX_MODEL_BYTES)
 
 
-def fingerprint(model: str) -> str:
-    """The part of a `model_id` that is the content's."""
-    return model.partition("@")[0]
+def members(folder: Path) -> list[str]:
+    """Files of a bundle that serving reads."""
+    found = ("bundle.json", _WEIGHTS, "calibration.json")
+    return [name for name in found if (folder / name).is_file()]
 
 
 class SpeakerModels:
@@ -78,7 +69,7 @@ class SpeakerModels:
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Have every bundle of the choice in memory: Serve sends a model's requests to replicas
         that hold it, so one that started without would never be asked."""
-        for folder in read_choice(user_config).bundles.values():
+        for folder in ModelChoice.read(user_config).bundles.values():
             await self.load(await asyncio.to_thread(model_id, folder))
 
     async def describe(self, folder: str) -> dict[str, Any]:
@@ -120,7 +111,7 @@ class SpeakerModels:
 
 
 def _load(model: str) -> SpeakerModel:
-    folder = Path(model.partition("@")[2])
+    folder = bundles.folder_of(model)
     if model_id(folder) != model:
         raise InputError(f"the bundle {folder} has changed since it was taken into service")
     return load_bundle(folder)

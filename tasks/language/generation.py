@@ -38,6 +38,9 @@ FinishReason = Literal["stop", "length", "cancelled"]
 WRITERS = ("causal", "seq2seq")
 """Families of models that write text after a prompt."""
 
+Prompt = str | Sequence[int]
+"""A text, or the tokens of one."""
+
 
 class GenerationSettings(Config):
     """How text is chosen: greedily, by beam search (`beams`) or sampled (`temperature`)."""
@@ -111,18 +114,31 @@ class Generator:
         self.batch_size = batch_size
         self.context = longest_text(self.model.config) if self.family == "causal" else None
 
-    def generate(self, prompts: Sequence[str], settings: GenerationSettings) -> list[Generation]:
-        """An answer to every prompt, in order. InputError for a prompt that does not fit."""
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        settings: GenerationSettings,
+        cancelled: threading.Event | None = None,
+    ) -> list[Generation]:
+        """An answer to every prompt, in order. InputError for a prompt that does not fit.
+
+        Setting `cancelled` stops the model before its next token; what there is is returned.
+        """
+        ended = None if cancelled is None else cancelled.is_set
         encoded = [self.encode(prompt) for prompt in prompts]
         found: dict[int, Generation] = {}
         for places, room in self._batches([len(ids) for ids in encoded], settings.max_new_tokens):
-            chosen = self._run([encoded[i] for i in places], places, room, settings)
+            batch = [encoded[i] for i in places]
+            chosen = self._run(batch, places, room, settings, ended=ended)
             for place, tokens in zip(places, chosen, strict=True):
                 found[place] = self._answer(tokens, settings, len(encoded[place]))
         return [found[place] for place in range(len(prompts))]
 
     def stream(
-        self, prompt: str, settings: GenerationSettings, cancelled: threading.Event | None = None
+        self,
+        prompt: Prompt,
+        settings: GenerationSettings,
+        cancelled: threading.Event | None = None,
     ) -> Iterator[Piece]:
         """The answer to a prompt while it is made; its pieces' texts joined are `generate`'s.
 
@@ -137,11 +153,13 @@ class Generator:
         ids = self.encode(prompt)
         return self._pieces(ids, settings, cancelled or threading.Event())
 
-    def encode(self, prompt: str) -> list[int]:
+    def encode(self, prompt: Prompt) -> list[int]:
         """The prompt's tokens; InputError if it is empty or leaves no room in the context."""
         from goldcrest.tasks.language.prompts import encode_prompt
 
-        ids = encode_prompt(self.bundle, prompt)
+        if isinstance(prompt, str):
+            prompt = encode_prompt(self.bundle, prompt)
+        ids = list(prompt)
         if not ids:
             raise InputError(
                 "the prompt is empty and the tokenizer has no token that begins a text",

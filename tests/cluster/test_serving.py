@@ -7,10 +7,11 @@ it there.
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from goldcrest.cluster.serving import (
     model_options,
     read_token,
 )
+from goldcrest.cluster.serving_events import DONE, EventStream, event
 from goldcrest.cluster.serving_gate import is_loopback, token_digest
 from goldcrest.cluster.serving_process import free_port, reason_of, require_token
 
@@ -46,6 +48,11 @@ class Toy(Endpoint):
 
     title = "Toy"
     sick = False
+    counted = -1
+
+    def __init__(self, settings: ServingSettings) -> None:
+        super().__init__(settings)
+        self.ended = threading.Event()
 
     def routes(self) -> APIRouter:
         """Echoes, sleeps and faults."""
@@ -56,13 +63,29 @@ class Toy(Endpoint):
             return {"bytes": len(await request.body())}
 
         @router.post("/json")
-        async def json(body: Word) -> dict[str, str]:
+        async def repeat(body: Word) -> dict[str, str]:
             return {"said": body.word * body.times}
 
         @router.get("/sleep/{seconds}")
         async def sleep(seconds: float) -> dict[str, float]:
             await asyncio.sleep(seconds)
             return {"slept": seconds}
+
+        @router.get("/count/{number}")
+        async def count_up(number: int, pause: float = 0.05, fault: bool = False) -> EventStream:
+            async def events() -> AsyncIterator[bytes]:
+                try:
+                    for each in range(number):
+                        await asyncio.sleep(pause)
+                        self.counted = each
+                        yield event(each)
+                    if fault:
+                        raise RuntimeError("secret: hunter2")
+                    yield DONE
+                finally:
+                    self.ended.set()
+
+            return EventStream(events())
 
         @router.get("/fault")
         async def fault() -> None:
@@ -351,7 +374,87 @@ def test_draining_lets_those_inside_finish(start: Start) -> None:
     assert drain(5.0) == 0
 
 
+# ------------------------------------------------------------------------------------ streams
+
+
+def events(answer: requests.Response) -> list[Any]:
+    """The content of every event, `[DONE]` as None."""
+    lines = [line for line in answer.iter_lines() if line]
+    assert all(line.startswith(b"data: ") for line in lines)
+    return [None if line == b"data: [DONE]" else json.loads(line[6:]) for line in lines]
+
+
+def test_a_stream_may_take_longer_than_its_beginning(start: Start) -> None:
+    toy = start(request_seconds=0.3)
+    with requests.get(toy.url + "/count/12", stream=True, timeout=10) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        assert events(answer) == [*range(12), None]
+
+
+def test_events_are_not_kept_back(start: Start) -> None:
+    toy = start()
+    with requests.get(toy.url + "/count/2?pause=0.5", stream=True, timeout=10) as answer:
+        lines = answer.iter_lines(chunk_size=1)
+        assert next(lines) == b"data: 0"
+        assert not toy.endpoint.ended.is_set()
+
+
+def test_a_stream_that_takes_too_long_is_told_why_it_ends(start: Start) -> None:
+    toy = start(answer_seconds=0.5)
+    with requests.get(toy.url + "/count/1000", stream=True, timeout=10) as answer:
+        *before, last = events(answer)
+    assert before == list(range(len(before)))
+    assert last["error"]["code"] == "timeout"
+    assert "0.5 s" in last["error"]["message"]
+    assert toy.endpoint.ended.wait(5)
+    assert toy.endpoint.gate.inside == 0
+
+
+def test_a_reader_who_leaves_ends_the_stream(start: Start) -> None:
+    toy = start(max_requests=1)
+    with requests.get(toy.url + "/count/10000", stream=True, timeout=10) as answer:
+        lines = answer.iter_lines(chunk_size=1)
+        next(lines)
+        busy = requests.get(toy.url + "/sleep/0", timeout=10)
+        assert busy.status_code == 503  # a stream is a request inside until it ends
+    assert toy.endpoint.ended.wait(5)
+    assert toy.endpoint.counted < 100
+    for _ in range(100):
+        if not toy.endpoint.gate.inside:
+            break
+        time.sleep(0.05)
+    assert requests.get(toy.url + "/sleep/0", timeout=10).status_code == 200
+
+
+def test_a_stream_that_breaks_is_not_a_whole_one(start: Start) -> None:
+    toy = start()
+    with (
+        requests.get(toy.url + "/count/3?fault=true", stream=True, timeout=10) as answer,
+        pytest.raises(requests.exceptions.ChunkedEncodingError),
+    ):
+        events(answer)
+
+
+def test_draining_waits_for_a_stream(start: Start) -> None:
+    toy = start()
+    with requests.get(toy.url + "/count/10", stream=True, timeout=10) as answer:
+        lines = answer.iter_lines(chunk_size=1)
+        next(lines)
+        assert asyncio.run(toy.endpoint.drain(0.0)) == 1
+        assert b"data: [DONE]" in list(lines)
+    assert asyncio.run(toy.endpoint.drain(5.0)) == 0
+
+
 # ------------------------------------------------------------------------------------- errors
+
+
+def test_errors_have_the_fields_that_clients_of_openai_read(start: Start) -> None:
+    toy = start()
+    wrong = requests.post(toy.url + "/json", json={"word": "a", "times": "x"}, timeout=10).json()
+    assert wrong["error"]["type"] == "invalid_request_error"
+    assert wrong["error"]["param"] == "times"
+    fault = requests.get(toy.url + "/fault", timeout=10).json()
+    assert (fault["error"]["type"], fault["error"]["param"]) == ("server_error", None)
 
 
 def test_wrong_json_is_named_without_its_value(start: Start) -> None:

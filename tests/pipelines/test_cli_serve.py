@@ -114,7 +114,7 @@ def test_the_written_config_is_one_of_serve(serve: Call, bundle: Path, tmp_path:
     from ray.serve.schema import ServeDeploySchema
 
     from goldcrest.pipelines.endpoints.speaker import SpeakerSettings, application
-    from goldcrest.pipelines.endpoints.speaker_choice import read_choice
+    from goldcrest.pipelines.endpoints.speaker_choice import ModelChoice
 
     code, said = serve(
         f"a={bundle}", "--far", "0.01", "--autoscale", "1:3", "--port", "8123", "--demo",
@@ -129,7 +129,7 @@ def test_the_written_config_is_one_of_serve(serve: Call, bundle: Path, tmp_path:
     assert (module, name) == (application.__module__, application.__name__)
     settings = SpeakerSettings.model_validate(found.args)
     assert (settings.replicas, settings.max_replicas, settings.max_seconds) == (1, 3, 20)
-    choice = read_choice(served(tmp_path / "serve.yaml"))
+    choice = ModelChoice.read(served(tmp_path / "serve.yaml"))
     assert choice.bundles == {"a": bundle}
     assert choice.far == 0.01
     assert application(settings) is not None
@@ -152,7 +152,8 @@ def test_a_moved_state_folder_takes_the_list_of_models_along(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Replicas read it in a working directory of their own, so the name is absolute."""
-    from goldcrest.pipelines.cli_serve import MODELS, with_models_file
+    from goldcrest.pipelines.cli_serve import with_models_file
+    from goldcrest.pipelines.endpoints.bundles import MODELS
     from goldcrest.pipelines.endpoints.speaker import SpeakerSettings
 
     monkeypatch.chdir(tmp_path)

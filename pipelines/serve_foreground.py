@@ -1,0 +1,144 @@
+"""An endpoint in the foreground, from its start to its end, as signals steer it.
+
+What is served are copies of the bundles, in the state folder under their fingerprints: a folder
+that is replaced or cleaned away while a replica might have to load it again changes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from goldcrest.cluster.errors import GoldcrestError
+from goldcrest.cluster.masking import mask_text
+from goldcrest.cluster.serving_process import Serving, check_room, serving
+from goldcrest.pipelines.cli_common import Answer, say, warn, write_json
+from goldcrest.pipelines.endpoints.bundles import MODELS, fingerprint
+
+if TYPE_CHECKING:
+    from goldcrest.cluster.profile import Profile
+    from goldcrest.pipelines.endpoints.bundles import BundleChoice, BundleSettings, ServedKind
+
+_POLL = 0.2  # seconds between two looks at what signals asked for
+BUNDLES = "bundles"  # in the state folder
+
+
+class Foreground:
+    """One `goldcrest serve`."""
+
+    def __init__(
+        self,
+        answer: Answer,
+        kind: ServedKind,
+        settings: BundleSettings,
+        look: Callable[[], BundleChoice],
+        *,
+        json_file: Path | None,
+    ) -> None:
+        """`look` finds the bundles that the command line names as they are when it is called, and
+        raises InputError where they can't be served."""
+        self._answer = answer
+        self._kind = kind
+        self._settings = settings
+        self._look = look
+        self._json_file = json_file
+
+    def run(self, profile: Profile, *, host: str, port: int, choice: BundleChoice) -> None:
+        """Serve until SIGINT or SIGTERM."""
+        began = time.monotonic()
+        for of_the_dead in ("metrics", BUNDLES):
+            shutil.rmtree(self._settings.state_folder / of_the_dead, ignore_errors=True)
+        with serving(profile, host=host, port=port) as running, _signals() as asked:
+            check_room(self._settings.replicas, cpus=self._settings.cpus, gpus=self._settings.gpus)
+            self._write(self._take(choice))
+            running.deploy(self._kind.application(self._settings))
+            self._tell(running, choice, time.monotonic() - began)
+            while "stop" not in asked:
+                if "reload" in asked:
+                    asked.discard("reload")
+                    self._swap(running)
+                time.sleep(_POLL)
+            say("stopping: requests inside are finished", error=True)
+            left = running.drain(self._kind.endpoint, self._settings.drain_seconds)
+            if left:
+                warn(f"{left} requests took too long and were cut off")
+
+    def _take(self, choice: BundleChoice) -> BundleChoice:
+        """The same choice with copies of the bundles."""
+        kept = {}
+        for name, folder in choice.bundles.items():
+            content = fingerprint(self._kind.identity(folder))
+            kept[name] = self._settings.state_folder / BUNDLES / content
+            for member in self._kind.members(folder):
+                _copy(folder / member, kept[name] / member)
+        return choice.model_copy(update={"bundles": kept})
+
+    def _write(self, choice: BundleChoice) -> None:
+        """Where replicas look for their bundles, also those that start after a crash."""
+        path = self._settings.state_folder / MODELS
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(choice.model_dump_json(), encoding="utf-8")
+        temporary.replace(path)
+
+    def _tell(self, running: Serving, choice: BundleChoice, seconds: float) -> None:
+        self._answer.value = {
+            "url": running.url,
+            "pid": os.getpid(),
+            "models": {name: str(folder) for name, folder in choice.bundles.items()},
+            "seconds": round(seconds, 3),
+        }
+        if self._json_file is not None:
+            write_json(self._json_file, self._answer.value)
+        say(f"serving {', '.join(choice.bundles)} at {running.url} (API: {running.url}/docs)")
+        if self._settings.demo:
+            say(f"try it: {running.url}/demo")
+
+    def _swap(self, running: Serving) -> None:
+        """Take the bundles as they are now into service; on any error the old ones stay."""
+        try:
+            choice = self._look()
+            taken = self._take(choice)
+            self._preload(running, taken)
+            self._write(taken)
+            running.everywhere(self._kind.endpoint, "reload", seconds=120)
+        except (GoldcrestError, OSError) as error:
+            warn(f"the models stay as they were: {mask_text(str(error))}")
+        else:
+            say(f"now serving {', '.join(choice.bundles)}")
+
+    def _preload(self, running: Serving, choice: BundleChoice) -> None:
+        """Load the bundles in every replica of the model; an error in words if one cannot be."""
+        models = self._kind.models
+        for folder in choice.bundles.values():
+            facts, *_ = running.everywhere(models, "describe", str(folder), seconds=60)
+            running.everywhere(models, "load", facts["model"], seconds=120)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy by renaming: replicas may have the file that is replaced mapped into their memory."""
+    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    temporary = target.with_name(target.name + ".tmp")
+    shutil.copyfile(source, temporary)
+    temporary.replace(target)
+
+
+@contextmanager
+def _signals() -> Iterator[set[str]]:
+    """What signals have asked for: `stop`, `reload`."""
+    asked: set[str] = set()
+    wanted = {signal.SIGINT: "stop", signal.SIGTERM: "stop", signal.SIGHUP: "reload"}
+    before = {
+        number: signal.signal(number, lambda *_, what=what: asked.add(what))
+        for number, what in wanted.items()
+    }
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
