@@ -22,7 +22,7 @@ from goldcrest.tasks.language.prepare import TextConfig, prepare_text
 from goldcrest.tasks.language.pretrain import PretrainConfig, pretrain
 from goldcrest.tasks.language.publish import PublishTextConfig, publish_text
 from goldcrest.tasks.language.quantize_int4 import Int4Config, quantize_int4
-from goldcrest.tasks.language.quantize_int8 import Int8Config, quantize_int8
+from goldcrest.tasks.language.quantize_int8 import QuantizeInt8Config, quantize_int8
 from goldcrest.tasks.language.sparse_finetune import (
     LevelsConfig,
     level_name,
@@ -59,7 +59,7 @@ class Config(api.Config):
     sparse: LevelsConfig | None = Field(
         LevelsConfig(), description="sparsities, pruning and sparse fine-tuning"
     )
-    int8: Int8Config | None = Field(Int8Config(), description="INT8 weights and activations")
+    int8: QuantizeInt8Config | None = Field(QuantizeInt8Config(), description="INT8 weights and activations")
     int8_of: str = Field("dense", description="the model that becomes INT8: dense, sparse_75, ...")
     int4: Int4Config | None = Field(Int4Config(), description="INT4 weights by a search of recipes")
     int4_of: str = Field("dense", description="the model that becomes INT4: dense, sparse_75, ...")
