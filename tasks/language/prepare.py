@@ -160,7 +160,7 @@ def prepare_text(cfg: TextConfig, out: Output) -> None:
     if counts["train"].rows == 0:
         raise InputError(
             f"no row is left for training: of {rows.total} rows {rows.bad} can't be used, "
-            f"{rows.known} have prompts that are in evaluation files too",
+            f"{rows.repeated} have prompts that are in evaluation files too",
             hint="name files for training in corpus.roles.train, or lower corpus.test_share",
         )
     _report(rows, counts, out)
@@ -215,7 +215,7 @@ class _Rows:
     def __init__(self, cfg: TextConfig, files: dict[str, list[TextFile]], out: Output) -> None:
         self.cfg, self.files, self._out = cfg, files, out
         self.total = self.bad = 0
-        self.known = 0  # left out of a split because another holds their prompt
+        self.repeated = 0  # left out of a split because an evaluation split has the prompt
         self.reasons: list[dict[str, Any]] = []
 
     def items(self, split: Split) -> Iterator[Item]:
@@ -336,7 +336,7 @@ def _training_items(
     """What is for training; on the way the evaluation splits are collected."""
     for split in ("test", "validation"):
         for item in rows.items(split):
-            rows.known += not evaluation.add(split, item)
+            rows.repeated += not evaluation.add(split, item)
     given = 0
     reading = _divided(rows, evaluation, hold_out)
     for source in (reading, hold_out.close()):
@@ -356,7 +356,7 @@ def _divided(
     from_files = any(rows.files[split] for split in ("validation", "test"))
     for item in rows.items("train"):
         if from_files and evaluation.split_of(item.key) is not None:
-            rows.known += 1
+            rows.repeated += 1
         else:
             yield from hold_out.place(item)
 
@@ -387,6 +387,6 @@ def _report(rows: _Rows, counts: dict[Split, _Count], out: Output) -> None:
     out.table("quarantine", pa.Table.from_pylist(rows.reasons, schema=_QUARANTINE))
     summary = {split: dict(vars(count)) for split, count in counts.items()}
     named = {role: [file.name for file in each] for role, each in rows.files.items()}
-    facts = {"rows_read": rows.total, "quarantined": rows.bad, "also_in_evaluation": rows.known}
+    facts = {"rows_read": rows.total, "quarantined": rows.bad, "also_in_evaluation": rows.repeated}
     out.json("facts", {**facts, "files": named, "splits": summary})
     out.metrics(**facts, corpus=summary)

@@ -61,6 +61,7 @@ class EvaluationRows:
             "CREATE TABLE item (number INTEGER PRIMARY KEY, key BLOB, id TEXT, prompt TEXT,"
             " answer TEXT); CREATE INDEX by_key ON item (key);"
         )
+        self._database.execute("BEGIN")  # nobody reads the file later: nothing is ever committed
         self._count = 0
 
     def __enter__(self) -> Self:

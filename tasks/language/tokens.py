@@ -209,7 +209,10 @@ class _RowMaker:
             return
         self.facts["truncated"] += not fits
         kept = min(len(answer), limits[1])
-        row = TokenRow(prompt.tokens[: limits[0]], answer.tokens[:kept], _EMPTY)
+        question = prompt.tokens
+        if len(question) > limits[0]:  # an encoder's input still ends in eos
+            question = np.append(question[: limits[0] - 1], question[-1:])
+        row = TokenRow(question, answer.tokens[:kept], _EMPTY)
         self._write(row, number, int(answer.characters[kept - 1]), int(answer.bytes[kept - 1]))
 
     def _write(self, row: TokenRow, example: int, characters: int, size: int) -> None:

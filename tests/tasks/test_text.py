@@ -177,10 +177,36 @@ def test_a_damaged_file_is_an_error_that_names_it(tmp_path: Path, name: str, dat
         rows(tmp_path / name)
 
 
+def test_rows_are_given_before_the_file_is_read_to_its_end(tmp_path: Path) -> None:
+    lines = (json.dumps({"text": str(n)}) + "\n" for n in range(50_000))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress("".join(lines).encode())[:-3000])
+    (file,) = text_files(str(tmp_path / "a.jsonl.gz"), "a")
+    found = read_rows(file, DocumentConfig(), LIMIT)
+    assert [next(found).fields["text"] for _ in range(3)] == ["0", "1", "2"]
+    with pytest.raises(InputError, match=r"a\.jsonl\.gz:\d+: the gzip file"):
+        list(found)
+
+
+def test_a_name_that_is_not_utf8_stays_readable(tmp_path: Path) -> None:
+    import os
+
+    folder = tmp_path / "pack"
+    folder.mkdir()
+    Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.jsonl")).write_bytes(b"")
+    assert [file.name for file in text_files(str(folder), "pack")] == ["pack/caf\\xe9.jsonl"]
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.txt", "a.jsonl.gz"])
 def test_an_empty_file_is_a_bad_row(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(gzip.compress(b"") if name.endswith(".gz") else b"")
     assert [row.problem for row in rows(tmp_path / name)] == ["the file is empty"]
+
+
+def test_only_the_wanted_columns_are_read(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"a": ["1"], "b": [2]}), tmp_path / "rows.parquet")
+    (file,) = text_files(str(tmp_path / "rows.parquet"), "c")
+    (row,) = read_rows(file, DocumentConfig(), LIMIT, ["a", "missing"])
+    assert row.fields == {"a": "1"}
 
 
 def test_a_folder_is_walked_in_order_without_hidden_and_foreign_files(tmp_path: Path) -> None:
@@ -211,6 +237,7 @@ def test_a_dataset_saved_on_disk(tmp_path: Path) -> None:
     ]
     found = list(read_rows(files[1], DocumentConfig(), LIMIT, ["q"]))
     assert [row.fields for row in found] == [{"q": "1"}, {"q": "2"}]
+    assert len(list(read_rows(files[1], DocumentConfig(), LIMIT, ["missing"]))) == 2
     assert len(text_files(f"datasets://{tmp_path / 'd'}:test", "d")) == 1
     with pytest.raises(InputError, match="can't be loaded"):
         text_files(f"datasets://{tmp_path / 'd'}:nothing", "d")

@@ -80,9 +80,13 @@ def test_the_loss_of_a_packed_batch_is_the_mean_over_documents_tokens(
     assert float(loss) == pytest.approx(total / sum(len(d) - 1 for d in documents), rel=1e-5)
 
 
-def test_a_packed_batch_in_bfloat16(packed: list[TokenRow]) -> None:
+@pytest.mark.parametrize("made_in", [torch.bfloat16, torch.float32])
+def test_a_packed_batch_in_bfloat16(made_in: torch.dtype, packed: list[TokenRow]) -> None:
+    """A float32 mask that is cast holds -inf: still no query is left without anything to see."""
     model: Any = tiny_models.llama(attn_implementation="sdpa").to(torch.bfloat16)
-    loss = model(**causal_batch(packed, PAD, dtype=torch.bfloat16)).loss
+    batch = causal_batch(packed, PAD, dtype=made_in)
+    batch["attention_mask"] = batch["attention_mask"].to(torch.bfloat16)
+    loss = model(**batch).loss
     loss.backward()
     assert torch.isfinite(loss)
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)

@@ -203,6 +203,21 @@ def test_limits_on_rows(tmp_path: Path, run_task: RunTask) -> None:
     assert count_examples(corpus, "validation") >= 1
 
 
+def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, run_task: RunTask) -> None:
+    import tracemalloc
+
+    rows = [{"q": f"what is {n}?", "a": "word " * 500} for n in range(2500)]
+    path = jsonl(tmp_path / "all.jsonl", rows)
+    del rows
+    run_task(prepare_text, config(path, max_train_rows=10))  # imports
+    tracemalloc.start()
+    run_task(prepare_text, config(path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert path.stat().st_size > 6_000_000
+    assert peak < 4_500_000
+
+
 def test_the_embedded_corpus(run_task: RunTask) -> None:
     corpus = run_task(prepare_text, TextConfig(embedded={"meanings": 60}))  # type: ignore[arg-type]
     train, test = examples(corpus, "train"), examples(corpus, "test")

@@ -201,6 +201,10 @@ def test_rows_of_an_encoder_decoder(
     row = reader(made)[0]
     assert decode(row.prompt) == f"{example.prompt}</s>"
     assert decode(row.answer) == f"{example.answer}</s>"
+    short = TokensConfig(family="seq2seq", length=9, answer_length=5, overlong="truncate")
+    row = reader(run_task(tokens, short, pair_corpus, by_bytes))[0]
+    assert decode(row.prompt) == f"{example.prompt[:8]}</s>"
+    assert decode(row.answer) == example.answer[:5], "a cut answer must not teach to stop there"
     with pytest.raises(InputError, match="no prompts"):
         run_task(tokens, cfg, plain_corpus, by_bytes)
 
