@@ -52,7 +52,7 @@ def finetune(cfg: FinetuneConfig, base: Artifact, tokens: Artifact, out: Output)
     objective = LanguageObjective(
         text,
         start=functools.partial(load_trainable, folder),
-        gradient_checkpointing=cfg.gradient_checkpointing,
+        activation_checkpointing=cfg.activation_checkpointing,
         evaluation_rows=cfg.evaluation_rows,
     )
     trained = train(objective, cfg.training, out)

@@ -108,15 +108,15 @@ class LanguageObjective:
         text: Text,
         *,
         start: Callable[[], Any],
-        gradient_checkpointing: bool = False,
+        activation_checkpointing: bool = False,
         evaluation_rows: int = 256,
     ) -> None:
         """`start` makes the model that training starts from (it travels to the workers);
-        `gradient_checkpointing` computes blocks again in the backward pass; `evaluation_rows` of
+        `activation_checkpointing` computes blocks again in the backward pass; `evaluation_rows` of
         each split are looked at after an epoch.
         """
         self.text, self.start = text, start
-        self.gradient_checkpointing = gradient_checkpointing
+        self.activation_checkpointing = activation_checkpointing
         self.evaluation_rows = evaluation_rows
 
     def build_model(self) -> nn.Module:
@@ -124,7 +124,7 @@ class LanguageObjective:
         from goldcrest.tasks.language.models import checkpoint_activations
 
         model = self.start().train().requires_grad_(True)
-        if self.gradient_checkpointing:
+        if self.activation_checkpointing:
             checkpoint_activations(model)
         return model
 

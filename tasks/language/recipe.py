@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class RecipeConfig(Config):
     """How a step trains, beside the engine's own settings."""
 
-    gradient_checkpointing: Annotated[bool, DoesNotChangeResult] = Field(
+    activation_checkpointing: Annotated[bool, DoesNotChangeResult] = Field(
         False,
         description="keep only the inputs of each block for the backward pass and compute the "
         "rest again: memory of one block's activations, a third more arithmetic",

@@ -237,7 +237,7 @@ def _trained(
         distillation=cfg.distillation,
         distillation_settings=settings,
         task_weight=cfg.task_weight,
-        gradient_checkpointing=cfg.gradient_checkpointing,
+        activation_checkpointing=cfg.activation_checkpointing,
         evaluation_rows=cfg.evaluation_rows,
     )
     trained = train(objective, cfg.training, out)

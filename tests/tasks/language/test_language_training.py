@@ -41,7 +41,10 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
     """Rows by family; "packed" are causal."""
     folder = tmp_path_factory.mktemp("tokens")
-    made = {each: toys.tokens_artifact(folder / each, family=each) for each in FAMILIES}
+    made = {
+        each: toys.tokens_artifact(folder / each, family=each, packed=each == "masked")
+        for each in FAMILIES
+    }
     return {**made, "packed": toys.tokens_artifact(folder / "packed", packed=True)}
 
 
@@ -114,7 +117,7 @@ def test_training_goes_on_where_it_was_stopped(
         return PretrainConfig(
             model={"architecture": "gpt2", "settings": gpt2},
             training=training,
-            gradient_checkpointing=checkpointing,
+            activation_checkpointing=checkpointing,
         )
 
     whole = runner(tmp_path / "whole")(
