@@ -11,7 +11,12 @@ import functools
 from pydantic import Field
 
 from goldcrest.cluster.api import Artifact, InputError, Output, TrainingConfig, task
-from goldcrest.tasks.language.bundle import load_config, read_description, verified
+from goldcrest.tasks.language.bundle import (
+    load_bare,
+    load_config,
+    read_description,
+    verified,
+)
 from goldcrest.tasks.language.recipe import (
     RecipeConfig,
     check_lengths,
@@ -61,7 +66,7 @@ def finetune(cfg: FinetuneConfig, base: Artifact, tokens: Artifact, out: Output)
         out,
         name="dense",
         family=description["family"],
-        model=load_trainable(folder),
+        model=load_bare(folder),
         state=trained.model_state,
         tokenizer=folder / "tokenizer",
         facts={

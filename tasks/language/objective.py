@@ -20,6 +20,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -251,7 +252,8 @@ class SparseObjective(LanguageObjective):
         """Task loss and, unless distillation is "none", the distance to the teacher."""
         from goldcrest.kernels.distillation import feature_mse, logit_kd, squarehead
 
-        with recorded_outputs(model) as outputs:
+        features = self.distillation in ("squarehead", "feature_mse")
+        with recorded_outputs(model) if features else nullcontext([]) as outputs:
             logits, targets = self._predict(model, batch)
         found = {"cross_entropy": self.task_weight * cross_entropy(logits, targets)}
         if self.distillation == "none":
@@ -259,7 +261,7 @@ class SparseObjective(LanguageObjective):
         teacher = self._frozen_teacher(model)
         with torch.no_grad(), recorded_outputs(teacher) as wanted:
             wanted_logits, _ = self._predict(teacher, batch)
-        if self.distillation == "logits":
+        if not features:
             valid = targets != NO_LOSS
             distance = logit_kd.loss(wanted_logits, logits, valid, self.distillation_settings)
         else:
@@ -275,7 +277,8 @@ class SparseObjective(LanguageObjective):
 
             assert self.teacher is not None
             like = next(model.parameters())
-            self._teacher = load_model(self.teacher).to(like.device, like.dtype)
+            teacher: nn.Module = load_model(self.teacher)
+            self._teacher = teacher.to(like.device, like.dtype)
         return self._teacher
 
     def after_step(self, model: nn.Module) -> None:

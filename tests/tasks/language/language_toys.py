@@ -89,7 +89,7 @@ def packed_rows(rows: int, seed: int) -> list[TokenRow]:
 
 
 def tokens_artifact(
-    folder: Path, *, family: str = "causal", rows: int = 64, packed: bool = False
+    folder: Path, *, family: str = "causal", rows: int = 48, packed: bool = False
 ) -> Artifact:
     """Token files of a training and a validation split."""
     folder.mkdir(parents=True)

@@ -13,7 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from goldcrest.cluster.api import Objective, UnevenObjective
+from goldcrest.cluster.api import Objective, TrainingConfig, UnevenObjective
+from goldcrest.cluster.training import train_local
 from goldcrest.kernels.distillation import feature_mse, logit_kd, squarehead
 from goldcrest.kernels.language.losses import cross_entropy, decoder_inputs, predictions
 from goldcrest.tasks.data.tokens import TokenReader
@@ -103,9 +104,10 @@ def test_the_cross_entropy_is_the_librarys(family: str, tmp_path: Path) -> None:
     assert float(found) == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_documents_of_a_packed_row_do_not_see_each_other(tmp_path: Path) -> None:
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mpt"])
+def test_documents_of_a_packed_row_do_not_see_each_other(architecture: str, tmp_path: Path) -> None:
     """The loss over packed rows is that over their documents, one by one."""
-    model = fresh("llama", 0)
+    model = fresh(architecture, 0)
     packed = LanguageObjective(text(tmp_path / "p", "causal", packed=True), start=lambda: model)
     total, tokens = 0.0, 0
     for row in (packed.text.train[index] for index in range(4)):
@@ -263,3 +265,30 @@ def test_evaluation_tells_loss_perplexity_and_entropy(tmp_path: Path) -> None:
     with torch.no_grad():
         model.lm_head.weight.normal_(0, 1e6)
         assert np.isfinite(list(objective.evaluate(model, epoch=0).values())).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize(
+    ("precision", "stage", "offload"), [("fp32", 0, False), ("bf16", 3, False), ("bf16", 3, True)]
+)
+def test_a_student_trains_on_a_gpu(
+    precision: str, stage: int, offload: bool, tmp_path: Path
+) -> None:
+    """Masks, teacher and batches follow the model to its device."""
+    objective = sparse(tmp_path, "causal", "squarehead")
+    mask = torch.rand(48, 32) > 0.7
+    name = "model.layers.1.mlp.up_proj"
+    write_masks(objective.masks_file, {name: mask})
+    config = TrainingConfig(
+        epochs=2,
+        batch_size=10,
+        gpus_per_worker=1,
+        precision=precision,  # type: ignore[arg-type]
+        zero_stage=stage,  # type: ignore[arg-type]
+        offload_parameters=offload,
+        offload_optimizer=offload,
+    )
+    trained = train_local(objective, config, scratch=tmp_path / "scratch", seed=0)
+    assert trained.history[-1]["loss"] < trained.history[0]["loss"]
+    assert bool((trained.model_state[f"{name}.weight"][~mask] == 0).all())
