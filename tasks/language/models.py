@@ -21,7 +21,7 @@ from goldcrest.cluster.api import Config, InputError, InputFiles
 from goldcrest.tasks.methods import remembered
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 Family = Literal["causal", "seq2seq", "masked", "speech"]
 _ARCHITECTURES = "goldcrest.kernels.language.architectures"
@@ -115,11 +115,11 @@ def build_model(model: ModelConfig, config: PreTrainedConfig) -> PreTrainedModel
 def checkpoint_activations(model: PreTrainedModel) -> None:
     """Switch on activation checkpointing; InputError for an architecture without it."""
     try:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable()
     except ValueError as error:
         raise InputError(
-            f"{type(model).__name__} has no gradient checkpointing",
-            hint="set gradient_checkpointing to false",
+            f"{type(model).__name__} has no activation checkpointing",
+            hint="set activation_checkpointing to false",
         ) from error
 
 
@@ -135,6 +135,18 @@ def load_pretrained(model: ModelConfig) -> PreTrainedModel:
         )
 
     return _loaded(model, load)
+
+
+def load_generation(model: ModelConfig) -> GenerationConfig | None:
+    """What a trained model says of generation; None where it says nothing, and for a fresh one."""
+    from transformers import GenerationConfig
+
+    if model.source is None:
+        return None
+    try:
+        return _loaded(model, GenerationConfig.from_pretrained)
+    except InputError:
+        return None  # a model without generation_config.json
 
 
 def _loaded(model: ModelConfig, load: Callable[..., Any]) -> Any:
