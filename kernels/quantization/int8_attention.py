@@ -22,7 +22,7 @@ plain twin in int64. What is saved is the memory of the cache, not time.
 
 Transformers call it by the name NAME, like "sdpa"; MPT, which multiplies by itself, gets a class.
 
-B batch   H heads of queries   G heads of keys and values   T queries   S keys   D channels of a head
+B batch   H heads of queries   G heads of keys and values   T queries   S keys   D their channels
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ class Int8MptAttention(MptAttention):
             each.reshape(batch, length, self.n_heads, self.head_dim).transpose(1, 2)
             for each in mixed.chunk(3, dim=2)
         )
-        if past_key_values is not None:
+        if past_key_values is not None and self.layer_idx is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         bias = None
         if position_bias is not None:
@@ -240,7 +240,7 @@ def use_attention(model: PreTrainedModel) -> None:
     for module in model.modules():
         if type(module) is MptAttention:
             module.__class__ = Int8MptAttention  # same state, another way to multiply
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if hasattr(config, "_attn_implementation"):
             config._attn_implementation = NAME
 

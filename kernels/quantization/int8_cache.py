@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, EncoderDecoderCache
 
 _FIRST_CAPACITY = 64
 """Tokens that storage has room for when the first come."""
@@ -148,5 +148,6 @@ def cache_bytes(cache: Cache | EncoderDecoderCache) -> int:
     """Bytes of the keys and values that a cache holds for its tokens."""
     if isinstance(cache, EncoderDecoderCache):
         return cache_bytes(cache.self_attention_cache) + cache_bytes(cache.cross_attention_cache)
-    held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    layers = [layer for layer in cache.layers if isinstance(layer, CacheLayerMixin)]
+    held = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
     return sum(each.numel() * each.element_size() for each in held if each is not None)

@@ -89,6 +89,8 @@ class Int8Linear(nn.Module):
     weight: Tensor
     scale: Tensor
     bias: Tensor | None
+    input_scale: Tensor
+    input_zero_point: Tensor
 
     def __init__(
         self, inputs: int, outputs: int, *, bias: bool, activations: Activations = "static"

@@ -169,9 +169,7 @@ def _scores(
     return statistics.scores(settings.criterion)
 
 
-def _skipped(
-    model: PreTrainedModel, scores: Mapping[str, float], settings: Settings
-) -> set[str]:
+def _skipped(model: PreTrainedModel, scores: Mapping[str, float], settings: Settings) -> set[str]:
     """Names of the operations to leave: those asked for, the head if so, the worst by score."""
     named = set(settings.skip_names)
     if not settings.head:
@@ -184,7 +182,9 @@ def _check_names(known: Sequence[str], names: Sequence[str]) -> None:
     unknown = sorted(set(names) - set(known))
     if unknown:
         near = difflib.get_close_matches(unknown[0], known, n=3)
-        guess = f"; did you mean {' or '.join(near)}?" if near else f"; there are {', '.join(known)}"
+        guess = (
+            f"; did you mean {' or '.join(near)}?" if near else f"; there are {', '.join(known)}"
+        )
         raise ValueError(f"cannot skip '{unknown[0]}': no operation is called so{guess}")
 
 
@@ -297,7 +297,7 @@ def _untie(model: PreTrainedModel) -> None:
 
 def _quantize_embedding(model: PreTrainedModel) -> list[dict[str, Any]]:
     """Round the input embedding; every module that shares its table gets the same new one."""
-    weight = model.get_input_embeddings().weight
+    weight: Any = model.get_input_embeddings().weight
     names = [
         name
         for name, module in model.named_modules(remove_duplicate=False)

@@ -114,9 +114,7 @@ def _inputs(layers: Mapping[str, nn.Module], look: See) -> Iterator[None]:
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         return lambda layer, arguments: look(name, layer, arguments[0])
 
-    handles = [
-        layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()
-    ]
+    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
     try:
         yield
     finally:

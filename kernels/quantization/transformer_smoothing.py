@@ -12,6 +12,7 @@ floating point takes exactly, must leave the block's output bit by bit what it w
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -44,13 +45,14 @@ def smooth_model(
     done: list[list[str]] = []
     for step in walk(model, batches):
         name, block = step.block.name, step.block.module
+        run = functools.partial(step.run, 0)
         groups = [
             [group.norm, *group.layers]
-            for group in shared_inputs(block, lambda step=step: step.run(0), name)
+            for group in shared_inputs(block, run, name)
             if group.norm is not None
         ]
         if pairs:
-            found = linear_pairs(block, lambda step=step: step.run(0))
+            found = linear_pairs(block, run)
             groups += [[f"{name}.{each}" for each in pair] for pair in found]
         for group in groups:
             largest = _largest_inputs(step, masks, group[1])
