@@ -135,7 +135,7 @@ class Int4Config(Config):
 @task(cpus=0, timeout="7d")
 def quantize_int4(cfg: Int4Config, model: Artifact, tokens: Artifact, out: Output) -> None:
     """Search a recipe for a float bundle and write the bundle `int4`."""
-    from goldcrest.kernels.weight_only.search import Rule, search
+    from goldcrest.kernels.weight_only.search import search
 
     material = _material(cfg, model, tokens, out)
     description = read_description(material.bundle)
@@ -145,12 +145,7 @@ def quantize_int4(cfg: Int4Config, model: Artifact, tokens: Artifact, out: Outpu
         functools.partial(int4_trials.baseline, material=material),
         [cfg.metric], cpus=cfg.cpus, gpus=out.runtime.gpus, note="float model",
     )  # fmt: skip
-    rule = Rule(
-        baseline=told["metric"],
-        higher_is_better=cfg.metric == "accuracy",
-        tolerance=cfg.tolerance,
-        max_trials=cfg.max_trials,
-    )
+    rule = _rule(cfg, told["metric"])
     trials = _Trials(cfg, material, rule, out)
     found = search(recipes, trials, rule, functools.partial(_spared, cfg, material, out))
     result = trials.results[found.chosen]
@@ -224,6 +219,24 @@ def _material(cfg: Int4Config, model: Artifact, tokens: Artifact, out: Output) -
         device="cuda" if out.runtime.gpus else "cpu",
         scratch=out.scratch,
     )
+
+
+def _rule(cfg: Int4Config, baseline: float) -> Rule:
+    """When a trial passes; StepError for a float model that no loss is relative to."""
+    from goldcrest.kernels.weight_only.search import Rule
+
+    try:
+        return Rule(
+            baseline=baseline,
+            higher_is_better=cfg.metric == "accuracy",
+            tolerance=cfg.tolerance,
+            max_trials=cfg.max_trials,
+        )
+    except ValueError as error:
+        raise StepError(
+            f"{error} ({cfg.metric} on the validation split)",
+            hint="train the model further, or measure another metric",
+        ) from error
 
 
 def _recipes(
