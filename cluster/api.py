@@ -52,6 +52,7 @@ __all__ = [
     "Task",
     "Trained",
     "TrainingConfig",
+    "UnevenObjective",
     "task",
 ]
 
@@ -260,6 +261,24 @@ class Objective(Protocol):
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Restore what `state_dict` returned."""
+        ...
+
+
+@runtime_checkable
+class UnevenObjective(Objective, Protocol):
+    """An objective whose examples differ in size, and in their share of a step's mean loss.
+
+    Its `losses` are means over what a batch holds. Chunks of a step hold more or less of it, so the
+    engine weighs each chunk by what `weights` says: a step's loss is the mean over all of the step,
+    however it is cut.
+    """
+
+    def sizes(self) -> np.ndarray:
+        """Units of each example (tokens, frames), (N,) int: what `batch_units` counts."""
+        ...
+
+    def weights(self) -> np.ndarray:
+        """What each example adds to a mean (its tokens with a loss), (N,) positive numbers."""
         ...
 
 

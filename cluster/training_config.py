@@ -21,6 +21,17 @@ class TrainingConfig(BaseModel):
     micro_batch_size: int | None = Field(
         None, ge=1, description="examples per worker and forward pass; None: batch_size / workers"
     )
+    batch_units: int | None = Field(
+        None,
+        ge=1,
+        description="instead of batch_size: the largest step in the units of an objective whose "
+        "examples differ in size (tokens), padding counted; examples of like size go together",
+    )
+    micro_batch_units: int | None = Field(
+        None,
+        ge=1,
+        description="with batch_units: units per worker and forward pass; None: one pass a worker",
+    )
     drop_last: bool = Field(True, description="leave out the last, smaller batch of an epoch")
     optimizer: Literal["adamw", "adam", "sgd"] = Field("adamw", description="optimizer")
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
@@ -41,6 +52,9 @@ class TrainingConfig(BaseModel):
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="compute precision")
     zero_stage: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage")
     offload_optimizer: bool = Field(False, description="keep optimizer state in CPU memory")
+    offload_parameters: bool = Field(
+        False, description="keep the weights in CPU memory until they are needed (zero_stage 3)"
+    )
     workers: int = Field(1, ge=1, description="data-parallel training processes")
     cpus_per_worker: float = Field(1.0, ge=0, description="CPU cores per training process")
     gpus_per_worker: float = Field(0.0, ge=0, description="GPUs per training process")

@@ -89,6 +89,8 @@ def deepspeed_config(
     zero: dict[str, Any] = {"stage": effective_stage(config)}
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
+    if config.offload_parameters:
+        zero["offload_param"] = {"device": "cpu"}
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
@@ -117,6 +119,8 @@ def check_settings(config: TrainingConfig) -> None:
     """Refuse in words what DeepSpeed or this machine cannot do."""
     if config.offload_optimizer and effective_stage(config) == 0:
         raise InputError("offload_optimizer needs zero_stage 1, 2 or 3", hint="set zero_stage=2")
+    if config.offload_parameters and config.zero_stage != 3:
+        raise InputError("offload_parameters needs zero_stage 3", hint="set zero_stage=3")
     if config.precision == "fp16" and not config.gpus_per_worker:
         supported = torch.ops.mkldnn._is_mkldnn_fp16_supported()
         if not supported:

@@ -40,13 +40,11 @@ from goldcrest.cluster.training_deepspeed import (
 )
 from goldcrest.cluster.training_meter import Meter, peak_memory_bytes, units_in
 from goldcrest.cluster.training_sampling import (
+    Sampler,
     accumulation_steps,
-    chunks_of,
-    epoch_batches,
     seed_chunk,
     seed_evaluation,
     seed_model,
-    steps_in_epoch,
 )
 from goldcrest.cluster.training_shards import (
     Fragment,
@@ -63,8 +61,10 @@ if TYPE_CHECKING:
 # Settings that may differ between the run that wrote a checkpoint and the one that continues it.
 _FREE_SETTINGS = {
     "micro_batch_size",
+    "micro_batch_units",
     "zero_stage",
     "offload_optimizer",
+    "offload_parameters",
     "workers",
     "cpus_per_worker",
     "gpus_per_worker",
@@ -175,8 +175,8 @@ class Trainer:
         check_settings(config)
         self.objective, self.config, self.place = objective, config, place
         self.scratch, self.seed, self.reporter = scratch, seed, reporter
-        self.examples = len(objective)
-        self.steps_per_epoch = steps_in_epoch(config, self.examples)
+        self.sampler = Sampler(config, objective, seed=seed)
+        self.examples, self.steps_per_epoch = self.sampler.examples, self.sampler.steps_per_epoch
         self.dtype = DTYPES[config.precision]
         seed_model(seed)
         self.model = objective.build_model()
@@ -297,7 +297,7 @@ class Trainer:
     def _train_epoch(self) -> None:
         """All steps of one epoch, then its row of history."""
         self.engine.train()
-        batches = epoch_batches(self.config, self.examples, seed=self.seed, epoch=self.epoch)
+        batches = self.sampler.batches(self.epoch)
         sums: list[float] = []
         taken, rate = 0, 0.0
         for number, batch in enumerate(batches):
@@ -321,7 +321,7 @@ class Trainer:
         """One optimizer step; the mean of each loss over the step, None if it was skipped."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
-        chunks = chunks_of(batch, self.config, rank=self.place.rank, world=self.place.world)
+        chunks = self.sampler.chunks(batch, rank=self.place.rank, world=self.place.world)
         values: list[torch.Tensor] = []
         units = [0.0, 0.0]
         for place, chunk in enumerate(chunks):

@@ -29,25 +29,27 @@ class Settings:
 def loss(
     teacher: Sequence[Tensor],
     student: Sequence[Tensor],
-    mask: Tensor | None,
+    mask: Tensor | Sequence[Tensor | None] | None,
     settings: Settings,
 ) -> Tensor:
     """weight * sum over blocks of the mean square difference over real tokens, a scalar.
 
-    `mask` is (B, T), non-zero on real tokens, or None. Gradients flow to the student only.
+    `mask` is (B, T), non-zero on real tokens, or None; one for all blocks, or one per block (an
+    encoder's and a decoder's differ). Gradients flow to the student only.
     Raises ValueError for unequal numbers of blocks or shapes.
     """
     if len(teacher) != len(student) or not teacher:
         raise ValueError(
             f"{len(teacher)} teacher blocks against {len(student)} of the student; they pair up"
         )
+    masks = [mask] * len(teacher) if mask is None or isinstance(mask, Tensor) else list(mask)
     total = student[0].new_zeros((), dtype=torch.float32)
-    for t, s in zip(teacher, student, strict=True):
+    for t, s, m in zip(teacher, student, masks, strict=True):
         if t.shape != s.shape:
             raise ValueError(f"teacher features are {tuple(t.shape)}, student's {tuple(s.shape)}")
         difference = (t.detach().float() - s.float()).square()
-        if mask is not None:
-            real = (mask != 0)[:, :, None]
+        if m is not None:
+            real = (m != 0)[:, :, None]
             total = total + torch.where(real, difference, 0.0).sum() / (real.sum() * t.shape[2])
         else:
             total = total + difference.mean()

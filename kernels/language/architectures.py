@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -25,7 +24,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 _AUTO_CLASSES: dict[str, Any] = {
     "causal": AutoModelForCausalLM,
@@ -35,6 +33,7 @@ _AUTO_CLASSES: dict[str, Any] = {
 }
 _WELL_KNOWN = ("llama", "gpt2", "mpt", "opt", "qwen2", "t5", "mt5", "bart", "bert", "whisper")
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
+_LOADED = "_is_hf_initialized"  # the library's mark on what must not be drawn again
 _FROM_TOKENIZER = {
     *("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"),
     *("suppress_tokens", "begin_suppress_tokens"),
@@ -60,7 +59,7 @@ def model_class(config: PreTrainedConfig, family: str) -> type[PreTrainedModel]:
 def architecture_names(family: str) -> list[str]:
     """Architectures that have a model of the family."""
     known = auto_class(family)._model_mapping._model_mapping
-    return sorted(name for name in CONFIG_MAPPING_NAMES if name in known)
+    return sorted(name for name in known if name in CONFIG_MAPPING)
 
 
 def check_architecture(architecture: str, family: str) -> None:
@@ -128,15 +127,15 @@ def fresh_config(
     A decoder starts with "bos", or with "pad" where there is none, as T5 does.
     Raises ValueError for settings that the architecture refuses.
     """
-    ids = {f"{name}_token_id": special.get(name) for name in ("pad", "bos", "eos")}
+    ids: dict[str, Any] = {f"{n}_token_id": special.get(n) for n in ("pad", "bos", "eos")}
     kind = CONFIG_MAPPING[architecture]
     own = {each.name for each in dataclasses.fields(kind)}
-    quiet = {name: [] for name in ("suppress_tokens", "begin_suppress_tokens") if name in own}
+    ids |= {name: [] for name in ("suppress_tokens", "begin_suppress_tokens") if name in own}
     start = special.get("bos") if special.get("bos") is not None else special.get("pad")
     if "decoder_start_token_id" in own:
         ids["decoder_start_token_id"] = start
     try:
-        config = kind(**{**settings, **ids, **quiet, "vocab_size": vocabulary})
+        config = kind(**{**settings, **ids, "vocab_size": vocabulary})
     except Exception as error:
         # The library's checks raise classes of their own, of several packages.
         raise ValueError(f"{architecture}: {_one_line(error)}") from error
@@ -176,7 +175,7 @@ def parse_config(values: Mapping[str, Any]) -> PreTrainedConfig:
     Code that a file names (`auto_map`) is not looked at: only the library's own classes are.
     """
     architecture = values.get("model_type")
-    if architecture not in CONFIG_MAPPING_NAMES:
+    if not isinstance(architecture, str) or architecture not in CONFIG_MAPPING:
         raise ValueError(f"the model type {architecture!r} is not one of the transformers library")
     try:
         return CONFIG_MAPPING[architecture].from_dict(dict(values))
@@ -212,7 +211,7 @@ def settle(model: PreTrainedModel) -> None:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ValueError(f"the weights {', '.join(missing[:3])}{more} are missing")
     for value in (*model.parameters(), *model.buffers()):
-        value._is_hf_initialized = True  # type: ignore[union-attr]  # kept by what follows
+        setattr(value, _LOADED, True)  # so that what follows keeps it
     for name, buffer in list(model.named_buffers()):
         if buffer.is_meta:  # rotary frequencies and the like: computed, never stored
             owner, _, leaf = name.rpartition(".")
@@ -220,14 +219,17 @@ def settle(model: PreTrainedModel) -> None:
                 leaf, torch.empty_like(buffer, device="cpu"), persistent=False
             )
     for module in model.modules():
-        module._is_hf_initialized = False  # type: ignore[assignment]
+        setattr(module, _LOADED, False)
     model.initialize_weights()
 
 
-def own_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The model's state without the second names of tied weights."""
-    tied = getattr(model, "all_tied_weights_keys", {})
-    return {name: value for name, value in model.state_dict().items() if name not in tied}
+def own_state(
+    model: PreTrainedModel, state: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """A state of the model (its own, if none is given) without second names of tied weights."""
+    tied = model.all_tied_weights_keys
+    named = model.state_dict() if state is None else state
+    return {name: value for name, value in named.items() if name not in tied}
 
 
 def _one_line(error: BaseException) -> str:

@@ -54,6 +54,12 @@ class BlockStep:
         """Calibration batches."""
         return len(self.hidden)
 
+    def beside(self, index: int) -> list[Tensor]:
+        """Tensors that the block is given beside its hidden states: masks, an encoder's states."""
+        call = self._calls[index]
+        given = (*call.arguments, *call.keywords.values())
+        return [each for each in given if isinstance(each, Tensor)]
+
     def run(
         self,
         index: int,
@@ -69,12 +75,6 @@ class BlockStep:
         given = self.hidden[index] if hidden is None else hidden
         output = (module or self.block.module)(given, *call.arguments, **call.keywords)
         return output if isinstance(output, Tensor) else output[0]
-
-    def comes_from_outside(self, index: int, x: Tensor) -> bool:
-        """Whether `x` was handed to the block beside its hidden states: the encoder's, if any."""
-        call = self._calls[index]
-        given = [*call.arguments, *call.keywords.values()]
-        return any(isinstance(each, Tensor) and each.data_ptr() == x.data_ptr() for each in given)
 
 
 def walk(model: nn.Module, batches: Sequence[Batch]) -> Iterator[BlockStep]:

@@ -130,7 +130,7 @@ def linear_makers(
 def _takes(
     maker: nn.Module, readers: Sequence[nn.Module], run: Callable[[], Tensor], expected: Tensor
 ) -> bool:
-    """Whether rows of the maker times 1, 2 or 4 and columns of the readers over it change nothing."""
+    """Whether rows of the maker times 1, 2 or 4, columns of readers over it, change nothing."""
     factors = 2.0 ** (torch.arange(len(_matrix(maker)), device=expected.device) % 3)
     bias = getattr(maker, "bias", None)
     _matrix(maker).mul_(factors[:, None])

@@ -46,13 +46,18 @@ def prunable(model: nn.Module, skip: Iterable[str] = ()) -> list[str]:
     nothing out, with the nearest names that would.
     """
     layers = [name for name, module in model.named_modules() if isinstance(module, LAYER_TYPES)]
-    left_out = tuple(skip)
-    for item in left_out:
+    return left_out(layers, skip)
+
+
+def left_out(layers: Sequence[str], skip: Iterable[str]) -> list[str]:
+    """The layers' names without those at or below a name in `skip`; errors as `prunable`'s."""
+    skipped = tuple(skip)
+    for item in skipped:
         if not any(_at_or_below(name, item) for name in layers):
             raise ValueError(
                 f"no layer is called '{item}' or lies below it{_nearest(item, layers)}"
             )
-    return [name for name in layers if not any(_at_or_below(name, item) for item in left_out)]
+    return [name for name in layers if not any(_at_or_below(name, item) for item in skipped)]
 
 
 def _at_or_below(name: str, module: str) -> bool:
@@ -156,15 +161,23 @@ def prune_model(
     for group in groups:
         found = hessians(model, group, calibrate)
         for name in group:
-            layer = _layer(model, name)
-            pairs = [
-                rule.prune(weight, hessian, sparsity=shares[name], settings=settings)
-                for weight, hessian in zip(weight_matrix(layer), found[name], strict=True)
-            ]
-            with torch.no_grad():
-                layer.weight.copy_(like_weight(layer, torch.stack([pair[0] for pair in pairs])))
-            masks[name] = like_weight(layer, torch.stack([pair[1] for pair in pairs]))
+            masks[name] = prune_layer(
+                _layer(model, name), found[name], rule, shares[name], settings
+            )
     return masks
+
+
+def prune_layer(
+    layer: Layer, hessian: Tensor, rule: family.PruningMethod, sparsity: float, settings: Any
+) -> Tensor:
+    """Prune one layer in place by its H (G, D, D); returns the mask in the weight's shape."""
+    pairs = [
+        rule.prune(weight, each, sparsity=sparsity, settings=settings)
+        for weight, each in zip(weight_matrix(layer), hessian, strict=True)
+    ]
+    with torch.no_grad():
+        layer.weight.copy_(like_weight(layer, torch.stack([pair[0] for pair in pairs])))
+    return like_weight(layer, torch.stack([pair[1] for pair in pairs]))
 
 
 COMPRESSION_FACTORS = (2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0)

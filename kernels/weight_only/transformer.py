@@ -279,7 +279,7 @@ class _Run:
         reached = {name for group in found for name in group.layers}
         kept = self.plan.float_layers | self.plan.eight_bits
         self._makers = {}
-        if "scales" in self.plan.method.MAKES:
+        if "outputs" in self.plan.method.READS:
             self._makers = linear_makers(
                 step.block.module, found, lambda: step.run(0), step.block.name
             )

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from goldcrest.cluster.api import Artifact, InputError, Output
+from goldcrest.tasks.language.tokenizer import load_tokenizer, tokenizer_folder
 
 if TYPE_CHECKING:
     import torch
@@ -101,14 +102,6 @@ def write_bundle(
     }
     out.json("bundle", description)
     out.text("MODEL_CARD.md", model_card(description))
-
-
-def tokenizer_folder(artifact: Artifact) -> Path:
-    """The folder `tokenizer/` of an artifact (a tokenizer's or a bundle's), every file verified."""
-    for member in artifact.manifest["files"]:
-        if member.startswith("tokenizer/"):
-            artifact.file(member)
-    return artifact.path / "tokenizer"
 
 
 def verified(bundle: Artifact) -> Path:
@@ -202,7 +195,8 @@ def load_model(folder: Path | str) -> PreTrainedModel:
         if found.unexpected_keys:
             raise ValueError(f"it holds the unknown weight {found.unexpected_keys[0]}")
         settle(model)
-        model.generation_config = _load_generation(folder)
+        if model.can_generate():
+            model.generation_config = _load_generation(folder)
     return model.eval().requires_grad_(False)
 
 
@@ -222,8 +216,6 @@ def _install(model: PreTrainedModel, quantization: Mapping[str, Any]) -> None:
 
 def load_bundle(folder: Path | str) -> LanguageModel:
     """Any language bundle, ready to use; InputError when it is not one."""
-    from goldcrest.tasks.language.tokenizer import load_tokenizer
-
     folder = Path(folder)
     facts = read_description(folder)
     return LanguageModel(facts, load_model(folder), load_tokenizer(folder / "tokenizer"))

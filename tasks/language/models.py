@@ -2,7 +2,7 @@
 
     model: {architecture: llama, settings: {hidden_size: 64, num_hidden_layers: 2}}
     model: {path: /models/t5-small, family: seq2seq}              # a folder
-    model: {path: "hf://google-t5/t5-small", family: seq2seq}     # the Hugging Face hub
+    model: {hub: google-t5/t5-small, family: seq2seq}             # the Hugging Face hub
 
 A fresh model takes its vocabulary and special ids from the tokenizer. A model that is loaded is
 data: no code from its folder runs, and weights are read from safetensors only.
@@ -10,6 +10,7 @@ data: no code from its folder runs, and weights are read from safetensors only.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -20,15 +21,14 @@ from goldcrest.cluster.api import Config, InputError, InputFiles
 from goldcrest.tasks.methods import remembered
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 Family = Literal["causal", "seq2seq", "masked", "speech"]
-HUB = "hf://"
 _ARCHITECTURES = "goldcrest.kernels.language.architectures"
 
 
 class ModelConfig(Config):
-    """A fresh model (`architecture`, `settings`) or a trained one (`path`)."""
+    """A fresh model (`architecture`, `settings`) or a trained one (`path` or `hub`)."""
 
     family: Family = Field(
         "causal",
@@ -42,29 +42,30 @@ class ModelConfig(Config):
         {}, description="of a fresh model: sizes and others, as its configuration class has them"
     )
     path: Annotated[str | None, InputFiles] = Field(
-        None,
-        description="a trained model instead: a folder with config.json and *.safetensors, or "
-        "hf://OWNER/NAME on the Hugging Face hub",
+        None, description="a trained model: a folder with config.json and *.safetensors"
+    )
+    hub: str | None = Field(
+        None, description="a trained model: its name on the Hugging Face hub, OWNER/NAME"
     )
     revision: str | None = Field(
-        None, description="commit or tag of a hub model; pin it: the hub's main branch moves"
+        None, description="commit or tag on the hub; give a commit, names move"
     )
-    gradient_checkpointing: bool = Field(
-        False,
-        description="keep only the inputs of each block for the backward pass and compute the "
-        "rest again: memory of one block's activations, a third more arithmetic",
-    )
+
+    @property
+    def source(self) -> str | None:
+        """Where a trained model comes from; None for a fresh one."""
+        return self.path if self.path is not None else self.hub
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        if self.path is not None:
+        if self.path is not None and self.hub is not None:
+            raise ValueError("give path or hub, not both")
+        if self.revision is not None and self.hub is None:
+            raise ValueError("revision: only names on the hub have revisions")
+        if self.source is not None:
             if self.settings:
-                raise ValueError("settings are for fresh models; this one is loaded from `path`")
-            if self.revision is not None and not self.path.startswith(HUB):
-                raise ValueError(f"revision is for models of the hub ({HUB}...), not for folders")
+                raise ValueError(f"settings are for fresh models; this one is {self.source}")
             return self
-        if self.revision is not None:
-            raise ValueError("revision is for models that are loaded from `path`")
 
         def ask() -> dict[str, Any]:
             from goldcrest.kernels.language.architectures import complete_settings
@@ -85,7 +86,7 @@ def model_config(model: ModelConfig, tokenizer: Any) -> PreTrainedConfig:
     """The configuration of the model that a step starts from; InputError if it can't be read."""
     from goldcrest.kernels.language.architectures import fresh_config
 
-    if model.path is None:
+    if model.source is None:
         return fresh_config(
             model.architecture,
             model.settings,
@@ -94,10 +95,10 @@ def model_config(model: ModelConfig, tokenizer: Any) -> PreTrainedConfig:
         )
     from transformers import AutoConfig
 
-    config = _from_path(model, AutoConfig.from_pretrained)
+    config = _loaded(model, AutoConfig.from_pretrained)
     if config.get_text_config().vocab_size < len(tokenizer):
         raise InputError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model {model.path} "
+            f"the tokenizer has {len(tokenizer)} tokens, the model {model.source} "
             f"{config.get_text_config().vocab_size}",
             hint="load the tokenizer that belongs to the model",
         )
@@ -105,31 +106,25 @@ def model_config(model: ModelConfig, tokenizer: Any) -> PreTrainedConfig:
 
 
 def build_model(model: ModelConfig, config: PreTrainedConfig) -> PreTrainedModel:
-    """The model that a step starts from, in float32, weights drawn or loaded.
-
-    A model with `gradient_checkpointing` computes blocks anew in its backward pass while training.
-    """
+    """The model that a step starts from, in float32, weights drawn or loaded."""
     from goldcrest.kernels.language.architectures import new_model
 
-    made = new_model(config, model.family) if model.path is None else load_pretrained(model)
-    if model.gradient_checkpointing:
-        checkpoint_activations(made)
-    return made
+    return new_model(config, model.family) if model.source is None else load_pretrained(model)
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
     """Switch on activation checkpointing; InputError for an architecture without it."""
     try:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable()
     except ValueError as error:
         raise InputError(
-            f"{type(model).__name__} has no gradient checkpointing",
-            hint="set gradient_checkpointing to false",
+            f"{type(model).__name__} has no activation checkpointing",
+            hint="set activation_checkpointing to false",
         ) from error
 
 
 def load_pretrained(model: ModelConfig) -> PreTrainedModel:
-    """The trained model of `path` in float32: safetensors only, no code of the model's own."""
+    """The trained model that is named, in float32: safetensors only, no code of its own."""
     import torch
 
     from goldcrest.kernels.language.architectures import auto_class
@@ -139,21 +134,28 @@ def load_pretrained(model: ModelConfig) -> PreTrainedModel:
             name, use_safetensors=True, dtype=torch.float32, **options
         )
 
-    return _from_path(model, load)
+    return _loaded(model, load)
 
 
-def _from_path(model: ModelConfig, load: Any) -> Any:
-    """`load` of a library name, errors told as InputError."""
-    assert model.path is not None
-    name, options = model.path, dict[str, Any](trust_remote_code=False)
-    if name.startswith(HUB):
-        name = name.removeprefix(HUB)
+def load_generation(model: ModelConfig) -> GenerationConfig | None:
+    """What a trained model says of generation; None where it says nothing, and for a fresh one."""
+    from transformers import GenerationConfig
+
+    if model.source is None:
+        return None
+    try:
+        return _loaded(model, GenerationConfig.from_pretrained)
+    except InputError:
+        return None  # a model without generation_config.json
+
+
+def _loaded(model: ModelConfig, load: Callable[..., Any]) -> Any:
+    """What the library's `load` makes of the named model, errors told as InputError."""
+    options: dict[str, Any] = {"trust_remote_code": False}
+    if model.path is None:
         options["revision"] = model.revision or "main"
-    elif not (Path(name) / "config.json").is_file():
-        raise InputError(
-            f"{name} is not a folder with a model: it has no config.json",
-            hint=f"give a folder, or {HUB}OWNER/NAME for the Hugging Face hub",
-        )
+    elif not (Path(model.path) / "config.json").is_file():
+        raise InputError(f"{model.path} is not a folder with a model: it has no config.json")
     else:
         options["local_files_only"] = True
     from transformers.utils import logging
@@ -161,11 +163,11 @@ def _from_path(model: ModelConfig, load: Any) -> Any:
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        return load(name, **options)
+        return load(model.source, **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(
-            f"the model {model.path} can't be loaded as family '{model.family}': {reason}",
+            f"the model {model.source} can't be loaded as family '{model.family}': {reason}",
             hint="it must be a model of the transformers library with safetensors weights",
         ) from error
     finally:

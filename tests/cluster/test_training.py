@@ -178,6 +178,42 @@ def test_micro_batches_add_up_to_the_batch(tmp_path: Path, stage: int, micro: in
         torch.testing.assert_close(parts.model_state[name], value, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_steps_by_units_are_the_same_however_they_are_cut(tmp_path: Path, stage: int) -> None:
+    """Chunks of a step hold different numbers of rows: the mean is over the rows of the step."""
+    whole = train(toys.Uneven(), tmp_path / "whole", batch_units=60)
+    parts = train(
+        toys.Uneven(), tmp_path / "parts", batch_units=60, micro_batch_units=20, zero_stage=stage
+    )
+    for one, two in zip(whole.history, parts.history, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    for name, value in whole.model_state.items():
+        torch.testing.assert_close(parts.model_state[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_weighs_its_examples_also_by_count(tmp_path: Path) -> None:
+    whole = train(toys.Uneven(), tmp_path / "whole")
+    parts = train(toys.Uneven(), tmp_path / "parts", micro_batch_size=5)
+    assert parts.history[0]["loss"] == pytest.approx(whole.history[0]["loss"], rel=1e-5)
+    for name, value in whole.model_state.items():
+        torch.testing.assert_close(parts.model_state[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_steps_by_units_stopped_and_continued_are_undisturbed(tmp_path: Path) -> None:
+    changes = {"batch_units": 40, "micro_batch_units": 20}
+    whole = train(toys.Uneven(), tmp_path / "whole", **changes)
+
+    class Stopped(toys.Uneven):  # type: ignore[misc]
+        def losses(self, model: Any, batch: Any, *, epoch: int) -> Any:
+            if epoch == 2:
+                raise KeyboardInterrupt
+            return super().losses(model, batch, epoch=epoch)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(Stopped(), tmp_path / "cut", **changes)
+    assert_same(train(toys.Uneven(), tmp_path / "cut", **changes), whole)
+
+
 @pytest.mark.parametrize(
     ("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")]
 )
@@ -362,6 +398,8 @@ def test_settings_that_cannot_work_are_refused(tmp_path: Path) -> None:
         train(toys.Toy(), tmp_path, batch_size=64)
     with pytest.raises(InputError, match="offload_optimizer needs zero_stage"):
         train(toys.Toy(), tmp_path, offload_optimizer=True)
+    with pytest.raises(InputError, match="offload_parameters needs zero_stage 3"):
+        train(toys.Toy(), tmp_path, offload_parameters=True, zero_stage=2)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -370,6 +408,19 @@ def test_offloaded_optimizer_state_trains_the_same(tmp_path: Path, stage: int) -
     away = train(toys.Toy(), tmp_path / "away", zero_stage=stage, offload_optimizer=True)
     for name, value in plain.model_state.items():
         torch.testing.assert_close(away.model_state[name], value, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_offloaded_parameters_train_and_continue_the_same(tmp_path: Path, precision: str) -> None:
+    """Masks, too, reach weights that lie in CPU memory."""
+    changes: dict[str, Any] = {"zero_stage": 3, "precision": precision}
+    away = {"offload_parameters": True, "offload_optimizer": True, **changes}
+    plain = train(toys.Sparse(), tmp_path / "plain", **changes)
+    assert_same(train(toys.Sparse(), tmp_path / "away", **away), plain)
+    whole = train(toys.Toy(), tmp_path / "whole", **away)
+    with pytest.raises(KeyboardInterrupt):
+        train(toys.Stopping(2, 1), tmp_path / "stopped", **away)
+    assert_same(train(toys.Toy(), tmp_path / "stopped", **away), whole)
 
 
 class Tied(toys.NoNoise):  # type: ignore[misc]

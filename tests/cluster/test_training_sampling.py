@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import numpy as np
@@ -10,16 +11,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from goldcrest.cluster.errors import InputError
+from goldcrest.cluster.errors import InputError, StepError
 from goldcrest.cluster.training_config import TrainingConfig
 from goldcrest.cluster.training_sampling import (
+    Sampler,
     accumulation_steps,
     chunks_of,
     epoch_batches,
     kept_randomness,
     seed_chunk,
     steps_in_epoch,
+    unit_batches,
 )
+from tests.cluster import training_toys as toys
 
 
 @settings(max_examples=60, deadline=None)
@@ -98,3 +102,90 @@ def test_a_chunk_seeds_every_global_generator_and_the_caller_keeps_his() -> None
         seed_chunk(0, 0, 0, 1)
         assert first != (torch.rand(1).item(), random.random(), np.random.rand())
     assert expected == (torch.rand(1).item(), random.random(), np.random.rand())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=80),
+    units=st.integers(1, 100),
+    seed=st.integers(0, 3),
+)
+def test_batches_by_units_hold_every_example_once(sizes: list[int], units: int, seed: int) -> None:
+    known = np.array(sizes)
+    if known.max() > units:
+        with pytest.raises(InputError, match=f"has {known.max()} units"):
+            unit_batches(units, known, seed=seed)
+        return
+    batches = unit_batches(units, known, seed=seed)
+    assert sorted(np.concatenate(batches)) == list(range(len(known)))
+    padded = [len(each) * known[each].max() for each in batches]
+    assert max(padded) <= units
+    # None could take the next one's first example too: no batch is smaller than it must be.
+    for one, two in itertools.pairwise(batches):
+        assert (len(one) + 1) * known[two[0]] > units
+
+
+class Sized(toys.Uneven):  # type: ignore[misc]
+    """Uneven examples of given sizes and weights."""
+
+    def __init__(self, sizes: np.ndarray, weights: np.ndarray) -> None:
+        self.examples, self._sizes, self._weights = len(sizes), sizes, weights
+
+    def sizes(self) -> np.ndarray:
+        return self._sizes
+
+    def weights(self) -> np.ndarray:
+        return self._weights
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=60),
+    units=st.integers(30, 200),
+    micro=st.none() | st.integers(30, 60),
+    world=st.integers(1, 4),
+)
+def test_a_step_is_the_mean_over_its_weights_however_it_is_cut(
+    sizes: list[int], units: int, micro: int | None, world: int
+) -> None:
+    rng = np.random.default_rng(0)
+    known, weights = np.array(sizes), rng.integers(1, 9, len(sizes))
+    value = rng.normal(size=len(sizes))
+    config = TrainingConfig(batch_units=units, micro_batch_units=micro)
+    sampler = Sampler(config, Sized(known, weights), seed=1)
+
+    def mean(places: np.ndarray) -> float:
+        return float(np.average(value[places], weights=weights[places]))
+
+    for batch in sampler.batches(0):
+        per_rank = [sampler.chunks(batch, rank=r, world=world) for r in range(world)]
+        assert len({len(chunks) for chunks in per_rank}) == 1
+        sums = [sum(c.weight * mean(c.indices) for c in chunks) for chunks in per_rank]
+        assert np.mean(sums) == pytest.approx(mean(batch))
+        for chunk in (c for chunks in per_rank for c in chunks if micro is not None):
+            assert len(chunk.indices) * known[chunk.indices].max() <= micro or len(batch) <= world
+    assert len(sampler.batches(0)) == len(sampler.batches(7)) == sampler.steps_per_epoch
+
+
+def test_an_epoch_by_units_is_another_order_of_the_same_batches() -> None:
+    config = TrainingConfig(batch_units=60)
+    sampler = Sampler(config, toys.Uneven(), seed=1)
+    first, second = ([tuple(b) for b in sampler.batches(epoch)] for epoch in (0, 1))
+    assert first != second and sorted(first) == sorted(second)
+    assert first == [tuple(b) for b in Sampler(config, toys.Uneven(), seed=1).batches(0)]
+    assert sorted(first) != sorted(
+        tuple(b) for b in Sampler(config, toys.Uneven(), seed=2).batches(0)
+    )
+
+
+def test_sizes_that_cannot_be_used_are_told() -> None:
+    config = TrainingConfig(batch_units=60)
+    with pytest.raises(InputError, match="have no sizes"):
+        Sampler(config, toys.Toy(), seed=0)
+    ones = np.ones(3)
+    for sizes, weights, said in [
+        (ones, np.zeros(3), "not positive"),
+        (ones, np.ones(4), r"weights\(\) returned values \(4,\) for 3"),
+    ]:
+        with pytest.raises(StepError, match=said):
+            Sampler(config, Sized(sizes, weights), seed=0)

@@ -69,6 +69,23 @@ class NoNoise(Toy):
         return {"x": torch.sin(number[:, None] * torch.arange(1, 9)).float(), "y": number % 3}
 
 
+class Uneven(NoNoise):
+    """Examples of 1 to 5 rows each; the loss is a mean over rows, as over tokens of sentences."""
+
+    def sizes(self) -> np.ndarray:
+        return 1 + np.arange(self.examples) % 5
+
+    def weights(self) -> np.ndarray:
+        return self.sizes()
+
+    def batch(self, indices: np.ndarray, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+        rows = [100 * index + row for index in indices for row in range(1 + index % 5)]
+        return super().batch(np.array(rows), rng)
+
+    def evaluate(self, model: torch.nn.Module, *, epoch: int) -> dict[str, float]:
+        return {}
+
+
 class Stopping(Toy):
     """Raises at one (epoch, call) like a kill that Python survives."""
 

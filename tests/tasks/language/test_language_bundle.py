@@ -151,9 +151,9 @@ def test_code_that_a_config_names_never_runs(tmp_path: Path) -> None:
         ({"settings": {"hiden_size": 8}}, "did you mean 'hidden_size'"),
         ({"settings": {"hidden_size": 33, "num_attention_heads": 4}}, "not a multiple"),
         ({"settings": {"vocab_size": 9}}, "comes from the tokenizer"),
-        ({"revision": "main"}, "loaded from `path`"),
         ({"path": "/a/model", "settings": {"hidden_size": 8}}, "settings are for fresh models"),
-        ({"path": "/a/model", "revision": "main"}, "not for folders"),
+        ({"path": "/a/model", "revision": "main"}, "only names on the hub have revisions"),
+        ({"path": "/a/model", "hub": "a/model"}, "not both"),
     ],
 )
 def test_a_bad_model_config_is_refused_in_a_sentence(values: dict[str, Any], told: str) -> None:
