@@ -360,13 +360,12 @@ class _Run:
     def _fold_into_linear(self, name: str, scales: Tensor) -> None:
         layer = self.model.get_submodule(name)
         if isinstance(layer, WeightOnlyLinear):  # quantized just now: its scales are divided
-            weight, bias = folding.into_quantized(layer.quantized(), layer.bias, scales)
-            self._put_quantized(name, weight, bias, layer.weight.dtype)
+            codes, bias = folding.into_quantized(layer.quantized(), layer.bias, scales)
+            self._put_quantized(name, codes, bias, layer.weight.dtype)
         else:
+            layer = _linear(self.model, name)
             weight, bias = folding.into_linear(self._weight(name), layer.bias, scales)
-            if isinstance(layer, Conv1D):
-                weight = weight.t()
-            _divide(layer, (weight, bias))
+            _divide(layer, (weight.t() if isinstance(layer, Conv1D) else weight, bias))
 
     def _put(self, name: str, quantized: QuantizedWeight) -> None:
         layer = _linear(self.model, name)
