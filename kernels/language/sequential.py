@@ -76,12 +76,6 @@ class BlockStep:
         output = (module or self.block.module)(given, *call.arguments, **call.keywords)
         return output if isinstance(output, Tensor) else output[0]
 
-    def comes_from_outside(self, index: int, x: Tensor) -> bool:
-        """Whether `x` was handed to the block beside its hidden states: the encoder's, if any."""
-        call = self._calls[index]
-        given = [*call.arguments, *call.keywords.values()]
-        return any(isinstance(each, Tensor) and each.data_ptr() == x.data_ptr() for each in given)
-
 
 def walk(model: nn.Module, batches: Sequence[Batch]) -> Iterator[BlockStep]:
     """Every block of the model with its inputs; the next one is fed by what this one has become.

@@ -8,11 +8,12 @@ tell too, one table each; tensors tell for all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from goldcrest.kernels.language.stacks import LINEAR_TYPES
 
@@ -91,6 +92,66 @@ def shared_inputs(block: nn.Module, run: Callable[[], Tensor], name: str = "") -
             )
         )
     return found
+
+
+@torch.no_grad()
+def linear_makers(
+    block: nn.Module, groups: Sequence[SharedInput], run: Callable[[], Tensor], name: str = ""
+) -> dict[SharedInput, str]:
+    """The linear layer that can take the division of each group without a norm, where one can.
+
+    That is a layer whose outputs reach the readers with nothing but sums over tokens, products and
+    the like in between: v before o (as many key heads as query heads), up before down, a layer
+    before ReLU. Tried, not guessed: rows of the layer times 1, 2 or 4, columns of its readers
+    divided alike, which float takes exactly, must leave the block's output as it is, to the bit.
+
+    `block`, `run` and `name` are those of `shared_inputs`, which found the groups.
+    """
+    prefix = f"{name}." if name else ""
+    linears = {
+        prefix + child: module
+        for child, module in block.named_modules()
+        if isinstance(module, LINEAR_TYPES)
+    }
+    expected = run()
+    found = {}
+    for group in groups:
+        if group.norm is None:
+            readers = [linears[each] for each in group.layers]
+            width = _matrix(readers[0]).shape[1]
+            for maker, module in linears.items():
+                fits = maker not in group.layers and _matrix(module).shape[0] == width
+                if fits and _takes(module, readers, run, expected):
+                    found[group] = maker
+                    break
+    return found
+
+
+def _takes(
+    maker: nn.Module, readers: Sequence[nn.Module], run: Callable[[], Tensor], expected: Tensor
+) -> bool:
+    """Whether rows of the maker times 1, 2 or 4, columns of readers over it, change nothing."""
+    factors = 2.0 ** (torch.arange(len(_matrix(maker)), device=expected.device) % 3)
+    bias = getattr(maker, "bias", None)
+    _matrix(maker).mul_(factors[:, None])
+    if bias is not None:
+        bias.mul_(factors)
+    for reader in readers:
+        _matrix(reader).div_(factors)
+    try:
+        return torch.equal(run(), expected)
+    finally:
+        _matrix(maker).div_(factors[:, None])
+        if bias is not None:
+            bias.div_(factors)
+        for reader in readers:
+            _matrix(reader).mul_(factors)
+
+
+def _matrix(layer: nn.Module) -> Tensor:
+    """The weight as (outputs, inputs), a view."""
+    weight = layer.get_parameter("weight").data
+    return weight.t() if isinstance(layer, Conv1D) else weight
 
 
 @torch.no_grad()

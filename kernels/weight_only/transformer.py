@@ -28,7 +28,7 @@ from goldcrest.kernels import weight_only as family
 from goldcrest.kernels.language.padding import is_decoder, token_mask
 from goldcrest.kernels.language.sequential import Batch, BlockStep, walk
 from goldcrest.kernels.language.stacks import block_linears, stacks
-from goldcrest.kernels.language.wiring import SharedInput, shared_inputs
+from goldcrest.kernels.language.wiring import SharedInput, linear_makers, shared_inputs
 from goldcrest.kernels.sparsity.hessian import weight_matrix
 from goldcrest.kernels.weight_only import calibrated, folding, sensitivity
 from goldcrest.kernels.weight_only.block import Block
@@ -47,7 +47,7 @@ class Options:
     """How a method is driven through a model, whatever the method."""
 
     true_sequential: bool = True  # GPTQ: inputs anew after every set of layers, not every block
-    insert_scales: bool = True  # AWQ, TEQ: multiply inputs where no norm takes the scales
+    insert_scales: bool = True  # AWQ, TEQ: divide inputs where no layer before takes the scales
     compute: Compute = "bfloat16"  # inputs of products of few tokens, see `linear`
 
 
@@ -242,6 +242,7 @@ class _Run:
         }
         self.outside = self.masks[names[0]]
         self.uncalibrated: list[str] = []
+        self._makers: dict[SharedInput, str] = {}  # of the block at hand
         self._stack = ""
         self._hidden: list[Tensor] = []  # the float model's, of the stack that is walked
 
@@ -277,6 +278,11 @@ class _Run:
         found = shared_inputs(step.block.module, lambda: step.run(0), step.block.name)
         reached = {name for group in found for name in group.layers}
         kept = self.plan.float_layers | self.plan.eight_bits
+        self._makers = {}
+        if "outputs" in self.plan.method.READS:
+            self._makers = linear_makers(
+                step.block.module, found, lambda: step.run(0), step.block.name
+            )
         missed = [n for n in step.block.linears() if n not in reached and n not in kept]
         return [group for group in found if self._low([group])], missed
 
@@ -295,7 +301,7 @@ class _Run:
             everything = range(len(step)) if "outputs" in reads else range(1)
             with torch.no_grad():
                 targets = calibrated.outputs(step, masks, everything, length)
-        unfolded = [group for group in groups if group.norm is None]
+        unfolded = [g for g in groups if g.norm is None and g not in self._makers]
         inserted = self.plan.options.insert_scales
         return calibrated.block_of(
             step,
@@ -330,10 +336,10 @@ class _Run:
         return weight_matrix(_linear(self.model, name))[0]
 
     def _place(self, group: SharedInput, quantized: Mapping[str, QuantizedWeight]) -> None:
-        """Put a group's quantized layers in place, their input scales into the norm before."""
+        """Put a group's quantized layers in place, their input scales into the layer before."""
         names = self._low([group])
         scales = quantized[names[0]].input_scales
-        if scales is not None and group.norm is not None:
+        if scales is not None and (group.norm is not None or group in self._makers):
             self._fold(group, scales)
             quantized = {name: folding.folded(quantized[name]) for name in names}
         for name in names:
@@ -341,21 +347,47 @@ class _Run:
 
     @torch.no_grad()
     def _fold(self, group: SharedInput, scales: Tensor) -> None:
-        """Divide what a norm gives, and multiply the float layers that read it too."""
-        assert group.norm is not None
-        norm = self.model.get_submodule(group.norm)
-        weight, bias = norm.get_parameter("weight"), getattr(norm, "bias", None)
-        gain, offset = folding.into_norm(weight, bias, scales)
-        weight.copy_(gain)
-        if bias is not None and offset is not None:
-            bias.copy_(offset)
+        """Divide what the layer before gives, and multiply the float layers that read it too."""
+        if group.norm is not None:
+            norm = self.model.get_submodule(group.norm)
+            _divide(norm, folding.into_norm(*_affine(norm), scales))
+        else:
+            self._fold_into_linear(self._makers[group], scales)
         for name in set(group.layers) - set(self._low([group])):
             layer = _linear(self.model, name)
             layer.weight.mul_(scales[:, None] if isinstance(layer, Conv1D) else scales)
 
+    def _fold_into_linear(self, name: str, scales: Tensor) -> None:
+        layer = self.model.get_submodule(name)
+        if isinstance(layer, WeightOnlyLinear):  # quantized just now: its scales are divided
+            codes, bias = folding.into_quantized(layer.quantized(), layer.bias, scales)
+            self._put_quantized(name, codes, bias, layer.weight.dtype)
+        else:
+            layer = _linear(self.model, name)
+            weight, bias = folding.into_linear(self._weight(name), layer.bias, scales)
+            _divide(layer, (weight.t() if isinstance(layer, Conv1D) else weight, bias))
+
     def _put(self, name: str, quantized: QuantizedWeight) -> None:
         layer = _linear(self.model, name)
-        made = WeightOnlyLinear.of(
-            quantized, layer.bias, dtype=layer.weight.dtype, compute=self.plan.options.compute
-        )
-        self.model.set_submodule(name, made.to(layer.weight.device))
+        self._put_quantized(name, quantized, layer.bias, layer.weight.dtype)
+
+    def _put_quantized(
+        self, name: str, quantized: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype
+    ) -> None:
+        compute = self.plan.options.compute
+        made = WeightOnlyLinear.of(quantized, bias, dtype=dtype, compute=compute)
+        self.model.set_submodule(name, made.to(quantized.codes.device))
+
+
+def _affine(norm: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Gain and bias of a norm."""
+    return norm.get_parameter("weight"), getattr(norm, "bias", None)
+
+
+@torch.no_grad()
+def _divide(layer: nn.Module, divided: tuple[Tensor, Tensor | None]) -> None:
+    """Give a layer the weight and bias that `folding` made of its own."""
+    weight, bias = divided
+    layer.get_parameter("weight").copy_(weight)
+    if bias is not None:
+        layer.get_parameter("bias").copy_(bias)

@@ -28,21 +28,20 @@ from goldcrest.cluster.api import (
     StepError,
     task,
 )
-from goldcrest.tasks.language import int4_trials
+from goldcrest.tasks.language import int4_report, int4_trials
 from goldcrest.tasks.language.bundle import (
     load_config,
     read_description,
-    tokenizer_folder,
     verified,
     write_bundle,
 )
+from goldcrest.tasks.language.tokenizer import load_tokenizer, tokenizer_folder
 from goldcrest.tasks.methods import complete_method
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from torch import Tensor
 
-    from goldcrest.kernels.weight_only.search import Found, Recipe, Rule, Trial
+    from goldcrest.kernels.weight_only.search import Recipe, Rule, Trial
     from goldcrest.tasks.language.int4_trials import Material
 
 _METHODS = "goldcrest.kernels.weight_only"
@@ -135,7 +134,7 @@ class Int4Config(Config):
 @task(cpus=0, timeout="7d")
 def quantize_int4(cfg: Int4Config, model: Artifact, tokens: Artifact, out: Output) -> None:
     """Search a recipe for a float bundle and write the bundle `int4`."""
-    from goldcrest.kernels.weight_only.search import Rule, search
+    from goldcrest.kernels.weight_only.search import search
 
     material = _material(cfg, model, tokens, out)
     description = read_description(material.bundle)
@@ -145,12 +144,7 @@ def quantize_int4(cfg: Int4Config, model: Artifact, tokens: Artifact, out: Outpu
         functools.partial(int4_trials.baseline, material=material),
         [cfg.metric], cpus=cfg.cpus, gpus=out.runtime.gpus, note="float model",
     )  # fmt: skip
-    rule = Rule(
-        baseline=told["metric"],
-        higher_is_better=cfg.metric == "accuracy",
-        tolerance=cfg.tolerance,
-        max_trials=cfg.max_trials,
-    )
+    rule = _rule(cfg, told["metric"])
     trials = _Trials(cfg, material, rule, out)
     found = search(recipes, trials, rule, functools.partial(_spared, cfg, material, out))
     result = trials.results[found.chosen]
@@ -161,17 +155,17 @@ def quantize_int4(cfg: Int4Config, model: Artifact, tokens: Artifact, out: Outpu
             hint="look at the float model's weights and calibration inputs for NaN",
         )
     tensors = _tensors(material, found.recipe)
-    _report(cfg, out, found, rule, trials.results, skipped, told)
+    int4_report.report(cfg, out, found, rule, trials.results, skipped, told)
     facts = {
         "bits": cfg.bits,
         "parameters": description["parameters"],
         "sparsity": description["sparsity"],
         "quantization": result["description"],
-        "recipe": _record(cfg, found, rule, result),
+        "recipe": int4_report.record(cfg, found, rule, result),
         "base_sha256": model.manifest["files"]["model.safetensors"]["sha256"],
         "training": {"weights": found.recipe.name},
     }
-    _export(cfg, material, tensors, result["description"], out)
+    int4_report.export(cfg, material, tensors, result["description"], out)
     write_bundle(
         out,
         name="int4",
@@ -186,7 +180,6 @@ def quantize_int4(cfg: Int4Config, model: Artifact, tokens: Artifact, out: Outpu
 def _material(cfg: Int4Config, model: Artifact, tokens: Artifact, out: Output) -> Material:
     """What the trials work on, checked."""
     from goldcrest.tasks.data.tokens import TokenReader
-    from goldcrest.tasks.language.tokenizer import load_tokenizer
 
     folder = verified(model)
     description = read_description(folder)
@@ -224,6 +217,24 @@ def _material(cfg: Int4Config, model: Artifact, tokens: Artifact, out: Output) -
         device="cuda" if out.runtime.gpus else "cpu",
         scratch=out.scratch,
     )
+
+
+def _rule(cfg: Int4Config, baseline: float) -> Rule:
+    """When a trial passes; StepError for a float model that no loss is relative to."""
+    from goldcrest.kernels.weight_only.search import Rule
+
+    try:
+        return Rule(
+            baseline=baseline,
+            higher_is_better=cfg.metric == "accuracy",
+            tolerance=cfg.tolerance,
+            max_trials=cfg.max_trials,
+        )
+    except ValueError as error:
+        raise StepError(
+            f"{error} ({cfg.metric} on the validation split)",
+            hint="train the model further, or measure another metric",
+        ) from error
 
 
 def _recipes(
@@ -336,129 +347,3 @@ def _tensors(material: Material, recipe: Recipe) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     return load_file(int4_trials.trial_file(material.scratch, recipe, "safetensors"))
-
-
-def _record(cfg: Int4Config, found: Found, rule: Rule, result: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe as it is kept with the model (spec "INT4", section 3.7)."""
-    import torch
-    import transformers
-
-    return {
-        **found.recipe.record(),
-        "calibration": {
-            "set": "train",
-            "rows": cfg.calibration,
-            "length": cfg.calibration_length,
-            "seed": result["description"]["seed"],
-        },
-        "metric": {"name": cfg.metric, "split": "validation", "rows": cfg.evaluation},
-        "baseline": rule.baseline,
-        "value": result["metric"],
-        "relative_loss": rule.loss(result["metric"]),
-        "tolerance": rule.tolerance,
-        "within_tolerance": found.passed,
-        "trials": len(found.tried),
-        "bytes": result["bytes"],
-        "libraries": {"torch": torch.__version__, "transformers": transformers.__version__},
-    }
-
-
-def _report(
-    cfg: Int4Config,
-    out: Output,
-    found: Found,
-    rule: Rule,
-    results: Sequence[Mapping[str, Any]],
-    skipped: Mapping[int, str],
-    baseline: Mapping[str, float],
-) -> None:
-    """Metrics, the table of trials, the figure, and what was measured by the clock."""
-    losses = [rule.loss(trial.metric) for _, trial in found.tried]
-    out.table(
-        "trials",
-        {
-            "recipe": [recipe.name for recipe, _ in found.tried],
-            cfg.metric: [result["metric"] for result in results],
-            "relative_loss": [loss if math.isfinite(loss) else None for loss in losses],
-            "bytes": [trial.size for _, trial in found.tried],
-            "chosen": [place == found.chosen for place in range(len(losses))],
-            "error": [result.get("error") for result in results],
-        },
-    )
-    out.json(
-        "trials",
-        {
-            "baseline": rule.baseline,
-            "tolerance": rule.tolerance,
-            "trials": [recipe.record() for recipe, _ in found.tried],
-            "group_sizes_left_out": {str(size): why for size, why in skipped.items()},
-        },
-    )
-    out.figure("trials", _figure(cfg, found, losses, rule.tolerance))
-    chosen = results[found.chosen]
-    out.metrics(
-        int4={
-            **{name: value for name, value in chosen["scores"].items() if value is not None},
-            "float": {name: baseline[name] for name in chosen["scores"]},
-            "relative_loss": losses[found.chosen],
-            "within_tolerance": found.passed,
-            "recipe": found.recipe.name,
-            "trials": len(found.tried),
-            "share_of_float32": chosen["quantized_bytes"] / chosen["quantized_float32_bytes"],
-        }
-    )
-    clock = {name: value for name, value in baseline.items() if name.endswith("_ms")}
-    out.measure(int4={**chosen["measured"], "float": clock})
-
-
-def _figure(cfg: Int4Config, found: Found, losses: Sequence[float], tolerance: float) -> Figure:
-    """Relative loss against bytes, one point a trial, one colour a method."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4.0))
-    axes = figure.add_subplot()
-    for method in dict.fromkeys(recipe.method for recipe, _ in found.tried):
-        points = [
-            (trial.size / 1e6, 100 * loss)
-            for (recipe, trial), loss in zip(found.tried, losses, strict=True)
-            if recipe.method == method and math.isfinite(loss)
-        ]
-        if points:
-            sizes, heights = zip(*points, strict=True)
-            axes.scatter(sizes, heights, label=method, s=28)
-    axes.axhline(100 * tolerance, linestyle="--", linewidth=1, color="grey", label="tolerance")
-    axes.annotate(
-        found.recipe.name,
-        (found.tried[found.chosen][1].size / 1e6, 100 * losses[found.chosen]),
-        textcoords="offset points",
-        xytext=(6, 6),
-    )
-    axes.set_xlabel("model size (MB)")
-    axes.set_ylabel(f"relative loss of {cfg.metric} (%)")
-    axes.legend()
-    return figure
-
-
-def _export(
-    cfg: Int4Config,
-    material: Material,
-    tensors: Mapping[str, Tensor],
-    description: Mapping[str, Any],
-    out: Output,
-) -> None:
-    """The model in layouts of other runtimes."""
-    from goldcrest.kernels.weight_only.checkpoint import to_checkpoint
-
-    for layout in cfg.exports:
-        try:
-            exported, quantization = to_checkpoint(tensors, layout, description["high_precision"])
-        except ValueError as error:
-            raise StepError(
-                f"the {layout} layout cannot hold the model that was found: {error}",
-                hint=f"leave {layout} out of exports, or restrict the recipes",
-            ) from error
-        out.tensors(f"{layout}/model", exported)
-        out.json(f"{layout}/quantize_config", quantization)
-        values = load_config(material.bundle).to_dict()
-        plain = {name: value for name, value in values.items() if not name.startswith("_")}
-        out.json(f"{layout}/config", {**plain, "quantization_config": quantization})

@@ -1,0 +1,144 @@
+"""What the INT4 step tells of its search, and its model in the layouts of other runtimes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from goldcrest.cluster.api import Output, StepError
+from goldcrest.tasks.language.bundle import load_config
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch import Tensor
+
+    from goldcrest.kernels.weight_only.search import Found, Rule
+    from goldcrest.tasks.language.int4_trials import Material
+    from goldcrest.tasks.language.quantize_int4 import Int4Config
+
+
+def record(cfg: Int4Config, found: Found, rule: Rule, result: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe as it is kept with the model (spec "INT4", section 3.7)."""
+    import torch
+    import transformers
+
+    return {
+        **found.recipe.record(),
+        "calibration": {
+            "set": "train",
+            "rows": cfg.calibration,
+            "length": cfg.calibration_length,
+            "seed": result["description"]["seed"],
+        },
+        "metric": {"name": cfg.metric, "split": "validation", "rows": cfg.evaluation},
+        "baseline": rule.baseline,
+        "value": result["metric"],
+        "relative_loss": rule.loss(result["metric"]),
+        "tolerance": rule.tolerance,
+        "within_tolerance": found.passed,
+        "trials": len(found.tried),
+        "bytes": result["bytes"],
+        "libraries": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def report(
+    cfg: Int4Config,
+    out: Output,
+    found: Found,
+    rule: Rule,
+    results: Sequence[Mapping[str, Any]],
+    skipped: Mapping[int, str],
+    baseline: Mapping[str, float],
+) -> None:
+    """Metrics, the table of trials, the figure, and what was measured by the clock."""
+    losses = [rule.loss(trial.metric) for _, trial in found.tried]
+    out.table(
+        "trials",
+        {
+            "recipe": [recipe.name for recipe, _ in found.tried],
+            cfg.metric: [result["metric"] for result in results],
+            "relative_loss": [loss if math.isfinite(loss) else None for loss in losses],
+            "bytes": [trial.size for _, trial in found.tried],
+            "chosen": [place == found.chosen for place in range(len(losses))],
+            "error": [result.get("error") for result in results],
+        },
+    )
+    out.json(
+        "trials",
+        {
+            "baseline": rule.baseline,
+            "tolerance": rule.tolerance,
+            "trials": [recipe.record() for recipe, _ in found.tried],
+            "group_sizes_left_out": {str(size): why for size, why in skipped.items()},
+        },
+    )
+    out.figure("trials", _figure(cfg, found, losses, rule.tolerance))
+    chosen = results[found.chosen]
+    out.metrics(
+        int4={
+            **{name: value for name, value in chosen["scores"].items() if value is not None},
+            "float": {name: baseline[name] for name in chosen["scores"]},
+            "relative_loss": losses[found.chosen],
+            "within_tolerance": found.passed,
+            "recipe": found.recipe.name,
+            "trials": len(found.tried),
+            "share_of_float32": chosen["quantized_bytes"] / chosen["quantized_float32_bytes"],
+        }
+    )
+    clock = {name: value for name, value in baseline.items() if name.endswith("_ms")}
+    out.measure(int4={**chosen["measured"], "float": clock})
+
+
+def _figure(cfg: Int4Config, found: Found, losses: Sequence[float], tolerance: float) -> Figure:
+    """Relative loss against bytes, one point a trial, one colour a method."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.0))
+    axes = figure.add_subplot()
+    for method in dict.fromkeys(recipe.method for recipe, _ in found.tried):
+        points = [
+            (trial.size / 1e6, 100 * loss)
+            for (recipe, trial), loss in zip(found.tried, losses, strict=True)
+            if recipe.method == method and math.isfinite(loss)
+        ]
+        if points:
+            sizes, heights = zip(*points, strict=True)
+            axes.scatter(sizes, heights, label=method, s=28)
+    axes.axhline(100 * tolerance, linestyle="--", linewidth=1, color="grey", label="tolerance")
+    axes.annotate(
+        found.recipe.name,
+        (found.tried[found.chosen][1].size / 1e6, 100 * losses[found.chosen]),
+        textcoords="offset points",
+        xytext=(6, 6),
+    )
+    axes.set_xlabel("model size (MB)")
+    axes.set_ylabel(f"relative loss of {cfg.metric} (%)")
+    axes.legend()
+    return figure
+
+
+def export(
+    cfg: Int4Config,
+    material: Material,
+    tensors: Mapping[str, Tensor],
+    description: Mapping[str, Any],
+    out: Output,
+) -> None:
+    """The model in layouts of other runtimes."""
+    from goldcrest.kernels.weight_only.checkpoint import to_checkpoint
+
+    for layout in cfg.exports:
+        try:
+            exported, quantization = to_checkpoint(tensors, layout, description["high_precision"])
+        except ValueError as error:
+            raise StepError(
+                f"the {layout} layout cannot hold the model that was found: {error}",
+                hint=f"leave {layout} out of exports, or restrict the recipes",
+            ) from error
+        out.tensors(f"{layout}/model", exported)
+        out.json(f"{layout}/quantize_config", quantization)
+        values = load_config(material.bundle).to_dict()
+        plain = {name: value for name, value in values.items() if not name.startswith("_")}
+        out.json(f"{layout}/config", {**plain, "quantization_config": quantization})
