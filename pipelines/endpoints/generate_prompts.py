@@ -91,7 +91,7 @@ class PromptReader:
                     [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=True
                 )
             )
-        except Exception as error:  # noqa: BLE001 - a template is a program: it may raise anything
+        except Exception as error:  # a template is a program: it may raise anything
             reason = " ".join(str(error).split())[:300]
             raise InputError(f"the model's chat template refuses the messages: {reason}") from error
 
