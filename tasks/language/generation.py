@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
     from goldcrest.tasks.language.bundle import LanguageModel
 
+Prompt = str | Sequence[int]
+"""A text, or its tokens, special ones included (those of a chat template, say)."""
 FinishReason = Literal["stop", "length", "cancelled"]
 """The end-of-text token or a stop string came; no room was left; somebody called it off."""
 
@@ -111,7 +113,7 @@ class Generator:
         self.batch_size = batch_size
         self.context = longest_text(self.model.config) if self.family == "causal" else None
 
-    def generate(self, prompts: Sequence[str], settings: GenerationSettings) -> list[Generation]:
+    def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings) -> list[Generation]:
         """An answer to every prompt, in order. InputError for a prompt that does not fit."""
         encoded = [self.encode(prompt) for prompt in prompts]
         found: dict[int, Generation] = {}
@@ -122,7 +124,10 @@ class Generator:
         return [found[place] for place in range(len(prompts))]
 
     def stream(
-        self, prompt: str, settings: GenerationSettings, cancelled: threading.Event | None = None
+        self,
+        prompt: Prompt,
+        settings: GenerationSettings,
+        cancelled: threading.Event | None = None,
     ) -> Iterator[Piece]:
         """The answer to a prompt while it is made; its pieces' texts joined are `generate`'s.
 
@@ -134,14 +139,13 @@ class Generator:
                 "beam search can't be streamed: it may change what it has written",
                 hint="leave beams at 1, or ask for the whole answer",
             )
-        ids = self.encode(prompt)
-        return self._pieces(ids, settings, cancelled or threading.Event())
+        return self._pieces(self.encode(prompt), settings, cancelled or threading.Event())
 
-    def encode(self, prompt: str) -> list[int]:
+    def encode(self, prompt: Prompt) -> list[int]:
         """The prompt's tokens; InputError if it is empty or leaves no room in the context."""
         from goldcrest.tasks.language.prompts import encode_prompt
 
-        ids = encode_prompt(self.bundle, prompt)
+        ids = encode_prompt(self.bundle, prompt) if isinstance(prompt, str) else list(prompt)
         if not ids:
             raise InputError(
                 "the prompt is empty and the tokenizer has no token that begins a text",
