@@ -102,7 +102,8 @@ def _lists(values: Sequence[np.ndarray]) -> pa.ListArray:
 class TokenReader:
     """Rows of a token file by number. Cheap to send to another process: only the path travels.
 
-    `lengths` (N,) int64 are tokens per row, prompt and answer; `examples` (N,) int64 numbers of the
+    `lengths` (N,) int64 are tokens per row, prompt and answer; `predicted` (N,) int64 those that a
+    loss is about (of a packed document, all but the first); `examples` (N,) int64 numbers of the
     (first) corpus row in each; `characters` and `bytes` (N,) int64 how much text the loss of each
     row is about.
     """
@@ -116,7 +117,9 @@ class TokenReader:
         }
         sizes = [len(chunk) for chunk in table.column("prompt").chunks]
         self._first_rows = np.cumsum([0, *sizes])
-        self.lengths = self._lengths("prompt") + self._lengths("answer")
+        answers = self._lengths("answer")
+        self.lengths = self._lengths("prompt") + answers
+        self.predicted = answers - self._lengths("starts")
         self.examples = table.column("example").to_numpy()
         self.characters = table.column("characters").to_numpy().astype(np.int64)
         self.bytes = table.column("bytes").to_numpy().astype(np.int64)

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from goldcrest.cluster.api import Artifact, InputError, Output
+from goldcrest.tasks.language.tokenizer import load_tokenizer, tokenizer_folder
 
 if TYPE_CHECKING:
     import torch
@@ -194,7 +195,8 @@ def load_model(folder: Path | str) -> PreTrainedModel:
         if found.unexpected_keys:
             raise ValueError(f"it holds the unknown weight {found.unexpected_keys[0]}")
         settle(model)
-        model.generation_config = _load_generation(folder)
+        if model.can_generate():
+            model.generation_config = _load_generation(folder)
     return model.eval().requires_grad_(False)
 
 
@@ -214,8 +216,6 @@ def _install(model: PreTrainedModel, quantization: Mapping[str, Any]) -> None:
 
 def load_bundle(folder: Path | str) -> LanguageModel:
     """Any language bundle, ready to use; InputError when it is not one."""
-    from goldcrest.tasks.language.tokenizer import load_tokenizer
-
     folder = Path(folder)
     facts = read_description(folder)
     return LanguageModel(facts, load_model(folder), load_tokenizer(folder / "tokenizer"))
@@ -281,3 +281,14 @@ def _card_rows(facts: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         yield "quantization", facts["quantization"]["form"]
     if facts.get("base_sha256"):
         yield "made from weights with SHA-256", facts["base_sha256"]
+    yield from _measured_rows(facts.get("measured", {}))
+
+
+def _measured_rows(measured: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What an evaluation found (added by publish.py): values with their intervals, and the size."""
+    for name, value in measured.items():
+        if f"{name}_ci" in measured:
+            low, high = measured[f"{name}_ci"]
+            yield name, f"{value:.4g} (95 % interval {low:.4g} to {high:.4g})"
+    if "bytes" in measured:
+        yield "bytes to serve it", f"{measured['bytes']:,}"

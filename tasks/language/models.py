@@ -21,7 +21,7 @@ from goldcrest.cluster.api import Config, InputError, InputFiles
 from goldcrest.tasks.methods import remembered
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 Family = Literal["causal", "seq2seq", "masked", "speech"]
 _ARCHITECTURES = "goldcrest.kernels.language.architectures"
@@ -135,6 +135,18 @@ def load_pretrained(model: ModelConfig) -> PreTrainedModel:
         )
 
     return _loaded(model, load)
+
+
+def load_generation(model: ModelConfig) -> GenerationConfig | None:
+    """What a trained model says of generation; None where it says nothing, and for a fresh one."""
+    from transformers import GenerationConfig
+
+    if model.source is None:
+        return None
+    try:
+        return _loaded(model, GenerationConfig.from_pretrained)
+    except InputError:
+        return None  # a model without generation_config.json
 
 
 def _loaded(model: ModelConfig, load: Callable[..., Any]) -> Any:

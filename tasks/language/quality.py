@@ -87,6 +87,7 @@ def row_losses(shard: LossShard) -> np.ndarray:
 def loss_batch(bundle: LanguageModel, rows: Sequence[TokenRow]) -> dict[str, Tensor]:
     """Rows of a token file as the bundle's family reads them, with labels (B, T)."""
     import torch
+
     from goldcrest.tasks.language.batches import causal_batch, masked_batch, seq2seq_batch
 
     family, tokenizer = bundle.facts["family"], bundle.tokenizer

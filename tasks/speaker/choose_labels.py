@@ -17,9 +17,9 @@ import numpy as np
 from pydantic import Field
 
 from goldcrest.cluster.api import Artifact, Config, Output, task
+from goldcrest.tasks.history import history_figure
 from goldcrest.tasks.speaker.cluster import ClusterConfig
 from goldcrest.tasks.speaker.labels import clustering_facts, speaker_truth, write_labels
-from goldcrest.tasks.speaker.training import history_figure
 from goldcrest.tasks.speaker.vectors import read_vectors
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from goldcrest.cluster.api import Artifact, Config, Output, StepError, TrainingConfig, task
+from goldcrest.tasks.history import history_figure
 from goldcrest.tasks.methods import complete_method, settings_of
 from goldcrest.tasks.speaker.labels import (
     clustering_facts,
@@ -28,7 +29,7 @@ from goldcrest.tasks.speaker.labels import (
     speaker_truth,
     write_labels,
 )
-from goldcrest.tasks.speaker.training import check_batches, fitting, history_figure
+from goldcrest.tasks.speaker.training import check_batches, fitting
 from goldcrest.tasks.speaker.vectors import Vectors, read_vectors
 
 if TYPE_CHECKING:

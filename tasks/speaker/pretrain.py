@@ -15,9 +15,10 @@ from pydantic import Field, field_validator
 
 from goldcrest.cluster.api import Artifact, Output, StepError, TrainingConfig, task
 from goldcrest.tasks.data.frames import FrameReader
+from goldcrest.tasks.history import history_figure
 from goldcrest.tasks.speaker.bundle import write_bundle
 from goldcrest.tasks.speaker.network import LossConfig, NetworkSettings, network_settings
-from goldcrest.tasks.speaker.training import check_batches, fitting, history_figure
+from goldcrest.tasks.speaker.training import check_batches, fitting
 
 
 class PretrainConfig(LossConfig):

@@ -20,11 +20,12 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from goldcrest.cluster.api import Artifact, Output, TrainingConfig, task
+from goldcrest.tasks.history import history_figure
 from goldcrest.tasks.methods import complete_method, complete_settings, settings_of
 from goldcrest.tasks.speaker.bundle import load_network, read_description, write_bundle
 from goldcrest.tasks.speaker.network import LossConfig, network_settings
 from goldcrest.tasks.speaker.pretrain import join_state, read_examples, split_state
-from goldcrest.tasks.speaker.training import check_batches, fitting, history_figure
+from goldcrest.tasks.speaker.training import check_batches, fitting
 
 if TYPE_CHECKING:
     import torch

@@ -17,30 +17,35 @@ from goldcrest.cluster.runtime import LocalRuntime
 RunTask = Callable[..., Artifact]
 
 
-@pytest.fixture
-def run_task(tmp_path: Path) -> RunTask:
-    """`run_task(task, cfg, *inputs, seed=0)` -> the artifact that the task wrote."""
+def runner(folder: Path) -> RunTask:
+    """`run(task, cfg, *inputs, seed=0)` -> the artifact that the task wrote under `folder`."""
     count = 0
 
     def run(task: Any, cfg: Any, *inputs: Any, seed: int = 0, **named: Any) -> Artifact:
         nonlocal count
         count += 1
-        folder = tmp_path / "artifacts" / f"{count:03d}-{task.name}"
-        folder.mkdir(parents=True)
-        scratch = tmp_path / "scratch" / folder.name
-        out = Output(folder, runtime=LocalRuntime(), seed=seed, scratch=scratch)
+        place = folder / "artifacts" / f"{count:03d}-{task.name}"
+        place.mkdir(parents=True)
+        scratch = folder / "scratch" / place.name
+        out = Output(place, runtime=LocalRuntime(), seed=seed, scratch=scratch)
         task(cfg, *inputs, out=out, **named)
         manifest = {
             "key": f"{count:064x}",
             "step": task.name,
-            "files": describe_files(folder),
+            "files": describe_files(place),
             "metrics": out.collected_metrics,
             "measurements": out.measurements,
         }
-        (folder / "manifest.json").write_text(json.dumps(manifest))
-        return Artifact.at(folder)
+        (place / "manifest.json").write_text(json.dumps(manifest))
+        return Artifact.at(place)
 
     return run
+
+
+@pytest.fixture
+def run_task(tmp_path: Path) -> RunTask:
+    """`run_task(task, cfg, *inputs, seed=0)` -> the artifact that the task wrote."""
+    return runner(tmp_path)
 
 
 def voice(pitch: float, seconds: float, seed: int, rate: int = 16_000) -> np.ndarray:

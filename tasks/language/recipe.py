@@ -1,0 +1,162 @@
+"""What the steps that train a language model share: settings, rows, the bundle that they write."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+
+from goldcrest.cluster.api import (
+    Artifact,
+    Config,
+    DoesNotChangeResult,
+    InputError,
+    Output,
+    StepError,
+    Trained,
+    TrainingConfig,
+)
+from goldcrest.tasks.history import history_figure
+from goldcrest.tasks.language.bundle import write_bundle
+from goldcrest.tasks.language.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+    from goldcrest.tasks.language.objective import LanguageObjective, Text
+
+
+class RecipeConfig(Config):
+    """How a step trains, beside the engine's own settings."""
+
+    gradient_checkpointing: Annotated[bool, DoesNotChangeResult] = Field(
+        False,
+        description="keep only the inputs of each block for the backward pass and compute the "
+        "rest again: memory of one block's activations, a third more arithmetic",
+    )
+    evaluation_rows: int = Field(
+        256, ge=1, description="rows of each split that are evaluated after every epoch"
+    )
+
+
+def read_text(tokens: Artifact, tokenizer: Path, family: str) -> Text:
+    """The rows of a tokens artifact for a model of the family.
+
+    Raises InputError where they were made for another family, are none, or where the family needs
+    what the tokenizer or this version lacks.
+    """
+    from goldcrest.tasks.data.tokens import TokenReader
+    from goldcrest.tasks.language.objective import Text
+
+    if family == "speech":
+        raise InputError(
+            "a speech model can be loaded and evaluated, but not trained: there is no step yet "
+            "that makes rows of audio features and text",
+            hint="choose the family causal, seq2seq or masked",
+        )
+    made_for = tokens.json("facts")["family"]
+    if made_for != family:
+        raise InputError(
+            f"the tokens were made for the family '{made_for}', the model is '{family}'",
+            hint=f"set tokens.family to {family}",
+        )
+    found = load_tokenizer(tokenizer)
+    if family == "masked" and found.mask_token_id is None:
+        raise InputError(
+            "a masked model needs a tokenizer with a mask token",
+            hint='set tokenizer.mask to "<mask>"',
+        )
+    train, validation = (
+        TokenReader(tokens.file(f"{split}.arrow")) for split in ("train", "validation")
+    )
+    if len(train) == 0:
+        raise StepError("the tokens hold no training rows", hint="look at the corpus")
+    return Text(
+        family=family,
+        train=train,
+        validation=validation,
+        pad=found.pad_token_id,
+        mask=found.mask_token_id,
+        special=tuple(found.all_special_ids),
+    )
+
+
+def check_lengths(text: Text, config: PreTrainedConfig) -> None:
+    """InputError for rows that are longer than what the model has positions for."""
+    from goldcrest.kernels.language.architectures import longest_text
+
+    most = longest_text(config)
+    longest = max(int(each.lengths.max(initial=0)) for each in (text.train, text.validation))
+    if most is not None and text.family != "seq2seq" and longest > most:
+        raise InputError(
+            f"a row has {longest} tokens, the model {config.model_type} positions for {most}",
+            hint="lower tokens.length, or give the model more positions",
+        )
+
+
+def fitting(training: TrainingConfig, rows: int) -> TrainingConfig:
+    """The config with a batch of at most `rows`: a larger one would never be filled."""
+    if training.batch_units is not None or training.batch_size <= rows:
+        return training
+    return training.model_copy(update={"batch_size": rows, "micro_batch_size": None})
+
+
+def train(objective: LanguageObjective, training: TrainingConfig, out: Output) -> Trained:
+    """Run the engine and write the history of it."""
+    trained = out.runtime.train(objective, fitting(training, len(objective)), out)
+    out.json("history", trained.history)
+    out.figure("history", history_figure(trained.history))
+    return trained
+
+
+def load_trainable(folder: Path, state: Path | None = None) -> PreTrainedModel:
+    """A bundle's model to go on with, with the weights in the file `state` where one is given."""
+    from safetensors.torch import load_file
+
+    from goldcrest.tasks.language.bundle import load_model
+
+    model = load_model(folder)
+    if state is not None:
+        model.load_state_dict(load_file(state), strict=False, assign=True)
+        model.tie_weights()
+    return model
+
+
+def float_bundle(description: Mapping[str, Any], bundle: Artifact) -> None:
+    """InputError for a bundle that can't be trained further because its weights are codes."""
+    if description.get("quantization") is not None:
+        raise InputError(
+            f"the bundle '{description['name']}' of {bundle.step} is quantized: its weights are "
+            "codes, which gradients can't move",
+            hint="train the dense bundle, then quantize",
+        )
+
+
+def write_trained(
+    out: Output,
+    *,
+    name: str,
+    family: str,
+    model: PreTrainedModel,
+    state: Mapping[str, Any] | None,
+    tokenizer: Path,
+    facts: Mapping[str, Any],
+    packed: list[str] | None = None,
+) -> None:
+    """The bundle of a trained `state` of `model` (its own weights, if None)."""
+    from goldcrest.kernels.language.architectures import own_state
+
+    generation: GenerationConfig | None = getattr(model, "generation_config", None)
+    write_bundle(
+        out,
+        name=name,
+        family=family,
+        config=model.config,
+        tensors=own_state(model, state),
+        tokenizer=tokenizer,
+        facts=facts,
+        packed=packed,
+        generation=generation,
+    )

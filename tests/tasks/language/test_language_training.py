@@ -1,0 +1,355 @@
+"""Pretraining, fine-tuning and sparse fine-tuning on the real engine, with models of seconds."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from goldcrest.cluster.api import Artifact, InputError, StepError
+from goldcrest.tasks.language.bundle import (
+    bundle_bytes,
+    load_bundle,
+    load_state,
+    read_description,
+)
+from goldcrest.tasks.language.finetune import FinetuneConfig, finetune
+from goldcrest.tasks.language.pretrain import PretrainConfig, pretrain
+from goldcrest.tasks.language.sparse_finetune import (
+    LevelsConfig,
+    SparseTextConfig,
+    sparse_finetune_text,
+)
+from tests.tasks.language import language_toys as toys
+
+FAST: dict[str, Any] = {"epochs": 3, "batch_size": 16, "learning_rate": 1e-2, "weight_decay": 0.01}
+FAMILIES = sorted(toys.MODELS)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """A tokenizer of 64 words."""
+    return toys.tokenizer_artifact(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Artifact]:
+    """Rows by family; "packed" are causal."""
+    folder = tmp_path_factory.mktemp("tokens")
+    made = {each: toys.tokens_artifact(folder / each, family=each) for each in FAMILIES}
+    return {**made, "packed": toys.tokens_artifact(folder / "packed", packed=True)}
+
+
+def pretrain_config(family: str, **changes: Any) -> PretrainConfig:
+    return PretrainConfig(model=toys.MODELS[family], training={**FAST, **changes})
+
+
+@pytest.fixture(scope="module")
+def dense(
+    tokenizer: Artifact, tokens: dict[str, Artifact], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Artifact]:
+    """A trained bundle of each family, made when it is first asked for."""
+    from tests.tasks.conftest import runner
+
+    run = runner(tmp_path_factory.mktemp("dense"))
+
+    class Made(dict[str, Artifact]):
+        def __missing__(self, family: str) -> Artifact:
+            rows = tokens[family]
+            self[family] = run(pretrain, pretrain_config(family), tokenizer, rows, seed=3)
+            return self[family]
+
+    return Made()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fresh_model_learns_and_its_bundle_is_complete(
+    family: str, dense: dict[str, Artifact], tmp_path: Path
+) -> None:
+    history = dense[family].json("history")
+    share = 0.99 if family == "masked" else 0.8  # few of its tokens are hidden: it learns slowly
+    assert history[-1]["cross_entropy"] < share * history[0]["cross_entropy"]
+    last = history[-1]
+    assert last["validation_perplexity"] == pytest.approx(np.exp(last["validation_loss"]))
+    assert 0 < last["validation_entropy"] <= np.log(toys.WORDS)
+    loaded = load_bundle(dense[family].path)
+    assert len(loaded.tokenizer) == loaded.model.config.vocab_size == toys.WORDS
+    assert loaded.model.config.eos_token_id == 2 and loaded.model.config.pad_token_id == 0
+    assert loaded.facts["name"] == "dense" and loaded.facts["family"] == family
+    for name in ("MODEL_CARD.md", "figures/history.png", "generation_config.json"):
+        assert dense[family].file(name).stat().st_size > 0
+
+
+def test_a_trained_bundle_loads_with_the_library_and_counts_up(dense: dict[str, Artifact]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(dense["causal"].path)
+    ours = load_bundle(dense["causal"].path)
+    prompt = torch.tensor([[20, 21], [30, 31]])
+    assert torch.equal(model(prompt).logits, ours.model(prompt).logits)
+
+
+def test_the_same_seed_gives_the_same_bytes(
+    dense: dict[str, Artifact], tokenizer: Artifact, tokens: dict[str, Artifact], run_task: Any
+) -> None:
+    again = run_task(pretrain, pretrain_config("causal"), tokenizer, tokens["causal"], seed=3)
+    files = {n: f["sha256"] for n, f in again.manifest["files"].items()}
+    assert files == {n: f["sha256"] for n, f in dense["causal"].manifest["files"].items()}
+
+
+def test_training_goes_on_where_it_was_stopped(
+    tokenizer: Artifact, tokens: dict[str, Artifact], tmp_path: Path
+) -> None:
+    """With dropout, steps by tokens and checkpointed activations: the bytes of an undisturbed
+    run, also where the continuation keeps its activations."""
+    from tests.tasks.conftest import runner
+
+    gpt2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}
+    training = {**FAST, "batch_units": 120, "micro_batch_units": 60}
+
+    def config(*, checkpointing: bool) -> PretrainConfig:
+        return PretrainConfig(
+            model={"architecture": "gpt2", "settings": gpt2},
+            training=training,
+            gradient_checkpointing=checkpointing,
+        )
+
+    whole = runner(tmp_path / "whole")(
+        pretrain, config(checkpointing=True), tokenizer, tokens["causal"]
+    )
+    kept = runner(tmp_path / "kept")
+    first = kept(pretrain, config(checkpointing=False), tokenizer, tokens["causal"])
+    scratch = tmp_path / "kept" / "scratch"
+    shutil.copytree(scratch / "001-pretrain", scratch / "002-pretrain")
+    last = sorted((scratch / "002-pretrain").rglob("epoch-*"))[-1]
+    assert last.name == "epoch-00003"
+    shutil.rmtree(last)
+    again = kept(pretrain, config(checkpointing=True), tokenizer, tokens["causal"])
+    for name in ("model.safetensors", "history.json"):
+        assert first.file(name).read_bytes() == whole.file(name).read_bytes()
+        assert again.file(name).read_bytes() == whole.file(name).read_bytes()
+
+
+def test_packed_documents_train_in_bf16(
+    tokenizer: Artifact, tokens: dict[str, Artifact], run_task: Any
+) -> None:
+    made = run_task(
+        pretrain, pretrain_config("causal", precision="bf16"), tokenizer, tokens["packed"]
+    )
+    history = made.json("history")
+    assert history[-1]["cross_entropy"] < 0.8 * history[0]["cross_entropy"]
+    assert made.manifest["measurements"]["training"]["pretrain"]["tokens_per_second"] > 0
+
+
+def test_a_trained_model_is_taken_as_it_is_or_trained_further(
+    dense: dict[str, Artifact], tokenizer: Artifact, tokens: dict[str, Artifact], run_task: Any
+) -> None:
+    path = str(dense["seq2seq"].path)
+    given = {"family": "seq2seq", "path": path}
+    taken = run_task(pretrain, PretrainConfig(model=given, training=None), tokenizer, None)
+    for name in ("model.safetensors", "config.json", "generation_config.json"):
+        assert taken.file(name).read_bytes() == dense["seq2seq"].file(name).read_bytes(), name
+    further = run_task(
+        pretrain, PretrainConfig(model=given, training=FAST), tokenizer, tokens["seq2seq"]
+    )
+    before = dense["seq2seq"].json("history")[-1]["validation_loss"]
+    assert further.json("history")[-1]["validation_loss"] < before
+    assert path not in further.file("bundle.json").read_text()
+
+
+def test_fine_tuning_goes_on_from_the_bundle(
+    dense: dict[str, Artifact], tokens: dict[str, Artifact], run_task: Any
+) -> None:
+    cfg = FinetuneConfig(training=FAST)
+    tuned = run_task(finetune, cfg, dense["causal"], tokens["causal"])
+    before = dense["causal"].json("history")[-1]["validation_loss"]
+    assert tuned.json("history")[-1]["validation_loss"] < before
+    facts = read_description(tuned.path)
+    assert facts["base_sha256"] == dense["causal"].manifest["files"]["model.safetensors"]["sha256"]
+    assert facts["training"]["fine-tuning epochs"] == FAST["epochs"]
+
+
+# -- sparse fine-tuning ---------------------------------------------------------------------------
+
+
+def sparse_config(**changes: Any) -> SparseTextConfig:
+    values: dict[str, Any] = {"settings": {"block": 16}, "calibration_rows": 32, "training": FAST}
+    if changes.get("method", "sparsegpt") != "sparsegpt":
+        values.pop("settings")
+    return SparseTextConfig(**{**values, **changes})
+
+
+def zeros_of(bundle: Artifact) -> dict[str, torch.Tensor]:
+    state = load_state(bundle.path)
+    return {name: state[name] == 0 for name in read_description(bundle.path)["packed"]}
+
+
+@pytest.mark.parametrize(
+    ("family", "distillation"),
+    [
+        *(("causal", each) for each in ("none", "logits", "squarehead", "feature_mse")),
+        ("seq2seq", "squarehead"),
+        ("seq2seq", "logits"),
+        ("masked", "squarehead"),
+    ],
+)
+def test_a_pruned_model_is_fine_tuned_with_its_masks_held(
+    family: str,
+    distillation: str,
+    dense: dict[str, Artifact],
+    tokens: dict[str, Artifact],
+    run_task: Any,
+) -> None:
+    """Through AdamW with momentum and weight decay, 12 steps; the head and embeddings stay full."""
+    cfg = sparse_config(distillation=distillation)
+    made = run_task(sparse_finetune_text, cfg, dense[family], tokens[family], None)
+    history = made.json("history")
+    assert history[-1]["loss"] < history[0]["loss"]
+    names = {"cross_entropy", distillation} - {"none"}
+    assert history[0]["loss"] == pytest.approx(sum(history[0][name] for name in names), rel=1e-5)
+    facts = read_description(made.path)
+    assert facts["name"] == "sparse_75" and facts["packed"]
+    for name, zeros in zeros_of(made).items():
+        assert int(zeros.sum()) >= round(0.75 * zeros.numel()), name
+    others = set(load_state(made.path)) - set(facts["packed"])
+    assert any("embed" in name or "shared" in name for name in others)
+    assert not any("lm_head" in name for name in facts["packed"])
+    assert made.metrics["sparsity"]["pruned_layers"] == pytest.approx(0.75, abs=1e-3)
+    assert bundle_bytes(made.path) < bundle_bytes(dense[family].path)
+    assert load_bundle(made.path).model.config.vocab_size == toys.WORDS
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [
+        ({"method": "magnitude"}, None),
+        ({"method": "magnitude", "settings": {"scope": "global"}}, None),
+        ({"method": "wanda", "sparsity": 0.5, "settings": {"pattern": (2, 4)}}, None),
+        ({"sparsity": 0.5, "settings": {"block": 16, "pattern": (2, 4)}}, None),
+        ({"skip": ("model.layers.0", "model.layers.1.mlp")}, "model.layers.1.self_attn"),
+    ],
+)
+def test_one_shot_pruning_by_every_method(
+    changes: dict[str, Any],
+    names: str | None,
+    dense: dict[str, Artifact],
+    tokens: dict[str, Artifact],
+    run_task: Any,
+) -> None:
+    cfg = sparse_config(**{**changes, "training": None})
+    made = run_task(sparse_finetune_text, cfg, dense["causal"], tokens["causal"], None)
+    found = zeros_of(made)
+    total = sum(zeros.numel() for zeros in found.values())
+    pruned = sum(int(zeros.sum()) for zeros in found.values())
+    assert pruned == pytest.approx(cfg.sparsity * total, abs=len(found))
+    if "pattern" in changes.get("settings", {}):
+        assert all(
+            bool((zeros.reshape(zeros.shape[0], -1, 4).sum(2) == 2).all())
+            for zeros in found.values()
+        )
+    if changes.get("settings", {}).get("scope") == "global":
+        assert len({round(float(zeros.float().mean()), 3) for zeros in found.values()}) > 1
+    if names is not None:
+        assert all(name.startswith(names) for name in found)
+    assert "history.json" not in made
+
+
+def test_a_gradual_schedule_prunes_what_was_fine_tuned(
+    dense: dict[str, Artifact], tokens: dict[str, Artifact], run_task: Any
+) -> None:
+    """With keep_zeros the masks nest; the teacher stays the dense model."""
+    levels = LevelsConfig(
+        levels=(0.5, 0.75),
+        gradual=True,
+        recipe=sparse_config(settings={"block": 16, "keep_zeros": True}),
+        changes={"75": {"training": {"epochs": 2}}},
+    )
+    previous = None
+    for level in levels.levels:
+        cfg = levels.step(level)
+        bundle = run_task(sparse_finetune_text, cfg, dense["causal"], tokens["causal"], previous)
+        if previous is not None:
+            before, after = zeros_of(previous), zeros_of(bundle)
+            assert all(bool(after[name][zeros].all()) for name, zeros in before.items())
+            assert len(bundle.json("history")) == 2
+        previous = bundle
+    assert previous is not None
+    assert (
+        read_description(previous.path)["base_sha256"]
+        == (dense["causal"].manifest["files"]["model.safetensors"]["sha256"])
+    )
+
+
+# -- what can't be done, in a sentence ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"sparsity": 0}, "prunes nothing"),
+        ({"sparsity": 1}, "leaves no weight"),
+        ({"sparsity": 1.5}, "leaves no weight"),
+        ({"method": "sparsgpt"}, "did you mean 'sparsegpt'"),
+        ({"settings": {"pattern": (2, 4)}}, "sparsity of 0.5, not 0.75"),
+        ({"distillation": "none", "distillation_settings": {"weight": 2}}, "distillation is none"),
+    ],
+)
+def test_a_bad_sparse_config_is_refused(values: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        SparseTextConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"levels": (0.75, 0.5)}, "must rise"),
+        ({"levels": (0.5, 1.0)}, "leaves no weight"),
+        ({"levels": (0.5, 0.501)}, "same percent"),
+        ({"levels": (0.5,), "changes": {"60": {}}}, "changes name '60'; levels are 50"),
+        ({"levels": (0.5,), "changes": {"50": {"training": {"epoch": 1}}}}, "epoch"),
+    ],
+)
+def test_bad_levels_are_refused(values: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        LevelsConfig(**values)
+
+
+def test_a_fresh_model_must_be_trained() -> None:
+    with pytest.raises(ValueError, match="the model is fresh"):
+        PretrainConfig(training=None)
+
+
+def test_what_does_not_fit_together_is_refused(
+    dense: dict[str, Artifact],
+    tokenizer: Artifact,
+    tokens: dict[str, Artifact],
+    run_task: Any,
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(InputError, match="made for the family 'seq2seq', the model is 'causal'"):
+        run_task(pretrain, pretrain_config("causal"), tokenizer, tokens["seq2seq"])
+    short = {**toys.LLAMA, "max_position_embeddings": 8}
+    cfg = PretrainConfig(model={"settings": short}, training=FAST)
+    with pytest.raises(InputError, match="positions for 8"):
+        run_task(pretrain, cfg, tokenizer, tokens["causal"])
+    none = toys.tokens_artifact(tmp_path / "none", rows=0)
+    with pytest.raises(StepError, match="no training rows"):
+        run_task(sparse_finetune_text, sparse_config(), dense["causal"], none, None)
+    with pytest.raises(StepError, match="did you mean 'model"):
+        cfg = sparse_config(skip=("model.layers.O",))
+        run_task(sparse_finetune_text, cfg, dense["causal"], tokens["causal"], None)
+    speech = {"family": "speech", "architecture": "whisper"}
+    with pytest.raises(InputError, match="not trained: there is no step yet"):
+        run_task(pretrain, PretrainConfig(model=speech), tokenizer, tokens["causal"])
+
+
+def test_a_sparse_bundle_is_not_trained_dense(
+    dense: dict[str, Artifact], tokens: dict[str, Artifact], run_task: Any
+) -> None:
+    cfg = sparse_config(method="magnitude", training=None)
+    sparse = run_task(sparse_finetune_text, cfg, dense["causal"], tokens["causal"], None)
+    with pytest.raises(InputError, match="would fill its zeros"):
+        run_task(finetune, FinetuneConfig(), sparse, tokens["causal"])
