@@ -18,6 +18,7 @@ from tests.reliability import Tally
 
 if TYPE_CHECKING:
     from tests.pipelines.speaker_server import Server
+    from tests.pipelines.text_server import TextClient
 
 _OFFLINE = {
     "HF_HUB_OFFLINE": "1",
@@ -94,6 +95,30 @@ def speaker_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]
         token="a-token-of-the-tests-3f9c1b",
     )  # fmt: skip
     yield server
+    if server.process.poll() is None:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def text_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TextClient]:
+    """`goldcrest serve` on two small language bundles, for all tests that call it over HTTP.
+
+    Two generations run at a time, so that two endless ones let nobody else in.
+    """
+    from tests.pipelines.speaker_server import start_server
+    from tests.pipelines.text_server import TEMPLATE, TOKEN, TextClient, make_text_bundle
+
+    folder = tmp_path_factory.mktemp("serve-text")
+    one = make_text_bundle(folder / "one")
+    two = make_text_bundle(folder / "two", seed=1, template=TEMPLATE, context=200)
+    profile = folder / "profile.yaml"
+    profile.write_text("ray: {num_cpus: 2, object_store_memory: 100MB}")
+    server = start_server(
+        folder, f"one={one}", f"two={two}", "--profile", str(profile), "-o", "cpus=0.5",
+        "-o", "parallel=2", "-o", "max_context=100000", "-o", "max_tokens=90000",
+        "-o", "max_body_bytes=300000", "-o", "body_seconds=3", token=TOKEN,
+    )  # fmt: skip
+    yield TextClient(server)
     if server.process.poll() is None:
         server.stop()
 

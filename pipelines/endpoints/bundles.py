@@ -86,7 +86,7 @@ def served_kind(folder: Path) -> tuple[ServedKind, str]:
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} can't be read: {error}") from error
     kind = description.get("kind") if isinstance(description, dict) else None
-    if kind not in _MODULES:
+    if not isinstance(kind, str) or kind not in _MODULES:
         raise InputError(
             f"{path} describes no bundle that can be served",
             hint=f"kinds with an endpoint: {', '.join(_MODULES)}",

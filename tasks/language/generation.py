@@ -32,14 +32,13 @@ if TYPE_CHECKING:
 
     from goldcrest.tasks.language.bundle import LanguageModel
 
+Prompt = str | Sequence[int]
+"""A text, or its tokens, special ones included (those of a chat template, say)."""
 FinishReason = Literal["stop", "length", "cancelled"]
 """The end-of-text token or a stop string came; no room was left; somebody called it off."""
 
 WRITERS = ("causal", "seq2seq")
 """Families of models that write text after a prompt."""
-
-Prompt = str | Sequence[int]
-"""A text, or the tokens of one."""
 
 
 class GenerationSettings(Config):
@@ -150,16 +149,13 @@ class Generator:
                 "beam search can't be streamed: it may change what it has written",
                 hint="leave beams at 1, or ask for the whole answer",
             )
-        ids = self.encode(prompt)
-        return self._pieces(ids, settings, cancelled or threading.Event())
+        return self._pieces(self.encode(prompt), settings, cancelled or threading.Event())
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The prompt's tokens; InputError if it is empty or leaves no room in the context."""
         from goldcrest.tasks.language.prompts import encode_prompt
 
-        if isinstance(prompt, str):
-            prompt = encode_prompt(self.bundle, prompt)
-        ids = list(prompt)
+        ids = encode_prompt(self.bundle, prompt) if isinstance(prompt, str) else list(prompt)
         if not ids:
             raise InputError(
                 "the prompt is empty and the tokenizer has no token that begins a text",

@@ -64,10 +64,11 @@ def measure_speed(folder: Path, config: SpeedConfig, *, device: str = "cpu") -> 
 
 def measure_here(folder: Path, config: SpeedConfig, device: str) -> dict[str, float]:
     """Measurements of the bundle in `folder`, made by this process, which must be fresh."""
-    import torch
-
     from goldcrest.tasks.language import generation
-    from goldcrest.tasks.language.bundle import load_bundle
+    from goldcrest.tasks.language.bundle import load_bundle, read_description
+
+    family = read_description(folder)["family"]
+    import torch
 
     torch.set_num_threads(config.threads)
     before = _peak_mb(device)
@@ -76,7 +77,7 @@ def measure_here(folder: Path, config: SpeedConfig, device: str) -> dict[str, fl
     bundle.model.to(device)
     loaded = time.perf_counter() - start
     prompt = _prompt(bundle, config)
-    if bundle.facts["family"] in generation.WRITERS:
+    if family in generation.WRITERS:
         times = _time_writer(generation.Generator(bundle), prompt, config)
     else:
         times = _time_reader(bundle, prompt, config)

@@ -13,6 +13,7 @@ import yaml
 from goldcrest.cluster.store import Store
 from goldcrest.pipelines import cli
 from tests.pipelines.speaker_server import make_bundle
+from tests.pipelines.text_server import make_text_bundle
 
 Call = Callable[..., tuple[int, str]]
 
@@ -27,6 +28,12 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle without a calibration."""
     return make_bundle(tmp_path_factory.mktemp("bundles") / "plain", thresholds={})
+
+
+@pytest.fixture(scope="module")
+def text_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of a language model."""
+    return make_text_bundle(tmp_path_factory.mktemp("bundles") / "text")
 
 
 @pytest.fixture
@@ -133,6 +140,64 @@ def test_the_written_config_is_one_of_serve(serve: Call, bundle: Path, tmp_path:
     assert choice.bundles == {"a": bundle}
     assert choice.far == 0.01
     assert application(settings) is not None
+
+
+def test_a_language_bundle_gets_the_generate_endpoint(
+    serve: Call, text_bundle: Path, tmp_path: Path
+) -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    from goldcrest.pipelines.endpoints.bundles import BundleChoice
+    from goldcrest.pipelines.endpoints.generate import GenerateSettings, application
+
+    arguments = ("-o", "max_tokens=77", "--write-config", "serve.yaml")
+    code, said = serve(f"a={text_bundle}", f"b={text_bundle}", *arguments)
+    assert code == 0, said
+    tree = yaml.safe_load((tmp_path / "serve.yaml").read_text())
+    (found,) = ServeDeploySchema.model_validate(tree).applications
+    assert found.import_path == "goldcrest.pipelines.endpoints.generate:application"
+    settings = GenerateSettings.model_validate(found.args)
+    assert settings.max_tokens == 77
+    choice = BundleChoice.read(served(tmp_path / "serve.yaml"))
+    assert choice.bundles == {"a": text_bundle, "b": text_bundle}
+    assert application(settings) is not None
+
+
+def test_what_a_language_bundle_does_not_have(serve: Call, text_bundle: Path, bundle: Path) -> None:
+    assert "--far is for bundles that verify speakers" in serve(text_bundle, "--far", "0.1")[1]
+    assert "max_seconds" in serve(text_bundle, "-o", "max_seconds=3")[1]
+    assert "of different kinds" in serve(f"a={text_bundle}", f"b={bundle}")[1]
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ({"family": "masked"}, "which writes no text"),
+        ({"family": "speech"}, "which writes no text"),
+        ({"kind": "something"}, "kinds with an endpoint: speaker-embedding, language"),
+        ({"kind": ["language"]}, "kinds with an endpoint"),
+        ({"schema": 99}, "schema 99"),
+    ],
+)
+def test_a_bundle_must_be_one_that_can_be_served(
+    serve: Call, text_bundle: Path, tmp_path: Path, facts: dict[str, Any], words: str
+) -> None:
+    description = json.loads((text_bundle / "bundle.json").read_text())
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "bundle.json").write_text(json.dumps({**description, **facts}))
+    code, said = serve("other", "--write-config", "serve.yaml")
+    assert code == 2, said
+    assert words in said.replace("\n", " ")
+    assert not (tmp_path / "serve.yaml").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"[" * 500_000, b"\xff", b"null"])
+def test_a_description_that_is_none_is_refused(serve: Call, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "bundle.json").write_bytes(content)
+    code, said = serve("other")
+    assert code == 2
+    assert "bundle.json" in said
 
 
 def test_help_needs_neither_ray_nor_torch() -> None:
