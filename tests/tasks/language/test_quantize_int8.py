@@ -1,4 +1,4 @@
-"""The task `quantize_int8`: a float bundle and tokens in, a bundle that computes on integers out."""
+"""The task `quantize_int8`: float bundle and tokens in, a bundle that computes on integers out."""
 
 from __future__ import annotations
 
