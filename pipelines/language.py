@@ -52,7 +52,9 @@ class Config(api.Config):
     pretrain_tokens: TokensConfig = Field(
         TokensConfig(pack="everything"), description="rows of tokens of pretraining"
     )
-    pretrain: PretrainConfig = Field(PretrainConfig(), description="the model, and its first training")
+    pretrain: PretrainConfig = Field(
+        PretrainConfig(), description="the model, and its first training"
+    )
     finetune: FinetuneConfig | None = Field(
         FinetuneConfig(), description="dense training on the task; null: pretraining is all"
     )
@@ -100,7 +102,9 @@ def build(cfg: Config) -> list[Any]:
     words = tokenizer.bind(cfg.tokenizer, corpus, **more)
     rows = tokens.bind(cfg.tokens, corpus, words)
     models = _models(cfg, rows, words, _pretraining_rows(cfg, corpus, raw, rows, words))
-    result = evaluate_text.bind(cfg.evaluate, corpus, rows, seed=cfg.seed, name="evaluate", **models)
+    result = evaluate_text.bind(
+        cfg.evaluate, corpus, rows, seed=cfg.seed, name="evaluate", **models
+    )
     return [
         publish_text.bind(cfg.publish, node, result, name=f"bundle-{name}")
         for name, node in models.items()
