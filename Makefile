@@ -30,7 +30,7 @@ check: $(STAMP) ## format, lint, types, import floors
 	$(BIN)/lint-imports
 
 test: check ## all checks and tests (fast forms)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup
 
 test-all: check ## everything, long forms too
 	$(BIN)/python -m pytest

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,11 +119,22 @@ def recorded_run(record: Mapping[str, Any]) -> tuple[Pipeline, Config, dict[str,
     return pipeline, config, profile
 
 
+_MOST_COLUMNS = 10  # of a table that a terminal shows whole
+
+
+def _columns_shown(columns: Sequence[str]) -> list[int]:
+    """Places of the columns that fit: of a wide table the intervals are left to the report."""
+    if len(columns) <= _MOST_COLUMNS:
+        return list(range(len(columns)))
+    return [place for place, name in enumerate(columns) if not name.endswith("_ci")]
+
+
 def show_result(result: RunResult) -> None:
     """The end of a run: metrics by model, what failed, and where everything lies."""
     for table in metric_tables(result.as_json()["metrics"]):
-        rows = [[name, *(show(cell) for cell in cells)] for name, cells in table.rows]
-        print_table(table.name, ["", *table.columns], rows)
+        shown = _columns_shown(table.columns)
+        rows = [[name, *(show(cells[place]) for place in shown)] for name, cells in table.rows]
+        print_table(table.name, ["", *(table.columns[place] for place in shown)], rows)
     states = [step.state for step in result.steps]
     counts = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states))
     good = result.status == "succeeded"

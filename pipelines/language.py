@@ -3,9 +3,9 @@
     corpus -> tokenizer -> tokens -> pretrain -> finetune -> sparse_50, sparse_75, ... -> bundles
                                                      \\-> int8, int4
 
-Pretraining has a corpus of its own where one is given, else it reads the task's. It can be the mere
-loading of a trained model (`pretrain.training: null`). INT8 and INT4 are made of the dense model, or
-of a sparse one (`int8_of: sparse_75`).
+Pretraining has a corpus of its own where one is given, else it reads the task's. It can be the
+mere loading of a trained model (`pretrain.training: null`). INT8 and INT4 are made of the dense
+model, or of a sparse one (`int8_of: sparse_75`).
 """
 
 from __future__ import annotations
@@ -52,14 +52,18 @@ class Config(api.Config):
     pretrain_tokens: TokensConfig = Field(
         TokensConfig(pack="everything"), description="rows of tokens of pretraining"
     )
-    pretrain: PretrainConfig = Field(PretrainConfig(), description="the model, and its first training")
+    pretrain: PretrainConfig = Field(
+        PretrainConfig(), description="the model, and its first training"
+    )
     finetune: FinetuneConfig | None = Field(
         FinetuneConfig(), description="dense training on the task; null: pretraining is all"
     )
     sparse: LevelsConfig | None = Field(
         LevelsConfig(), description="sparsities, pruning and sparse fine-tuning"
     )
-    int8: QuantizeInt8Config | None = Field(QuantizeInt8Config(), description="INT8 weights and activations")
+    int8: QuantizeInt8Config | None = Field(
+        QuantizeInt8Config(), description="INT8 weights and activations"
+    )
     int8_of: str = Field("dense", description="the model that becomes INT8: dense, sparse_75, ...")
     int4: Int4Config | None = Field(Int4Config(), description="INT4 weights by a search of recipes")
     int4_of: str = Field("dense", description="the model that becomes INT4: dense, sparse_75, ...")
@@ -100,7 +104,9 @@ def build(cfg: Config) -> list[Any]:
     words = tokenizer.bind(cfg.tokenizer, corpus, **more)
     rows = tokens.bind(cfg.tokens, corpus, words)
     models = _models(cfg, rows, words, _pretraining_rows(cfg, corpus, raw, rows, words))
-    result = evaluate_text.bind(cfg.evaluate, corpus, rows, seed=cfg.seed, name="evaluate", **models)
+    result = evaluate_text.bind(
+        cfg.evaluate, corpus, rows, seed=cfg.seed, name="evaluate", **models
+    )
     return [
         publish_text.bind(cfg.publish, node, result, name=f"bundle-{name}")
         for name, node in models.items()

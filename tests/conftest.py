@@ -43,6 +43,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Tally())
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file's tests stay in one process, and so do all tests of the small run: fixtures are made
+    once, however many processes share the work (`-n 2 --dist loadgroup`)."""
+    for item in items:
+        shared = "small_run" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("small_run" if shared else str(item.path)))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _private_cache() -> Iterator[None]:
     """What the tests remember of input files goes to a folder of their own."""

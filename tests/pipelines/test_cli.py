@@ -511,3 +511,12 @@ def test_doctor_exit_code(call: Any, monkeypatch: pytest.MonkeyPatch, ok: bool, 
     done = call("doctor", "--json", "doctor.json")
     assert done.code == code
     assert json.loads(Path("doctor.json").read_text())["ok"] is ok
+
+
+def test_of_a_wide_table_the_intervals_are_left_to_the_report() -> None:
+    from goldcrest.pipelines.cli_run import _columns_shown
+
+    narrow = ["eer", "eer_ci", "trials"]
+    wide = [name for metric in "abcdef" for name in (metric, f"{metric}_ci")]
+    assert _columns_shown(narrow) == [0, 1, 2]
+    assert [wide[place] for place in _columns_shown(wide)] == list("abcdef")
