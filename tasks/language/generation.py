@@ -109,7 +109,8 @@ class Generator:
                 f"a model of family '{self.family}' does not write text after a prompt",
                 hint="generation needs a causal or a sequence-to-sequence model",
             )
-        self.bundle, self.model, self.tokenizer = model, model.model, model.tokenizer
+        self.bundle, self.tokenizer = model, model.tokenizer
+        self.model: Any = model.model  # `generate` is mixed in by the library, untyped
         self.batch_size = batch_size
         self.context = longest_text(self.model.config) if self.family == "causal" else None
 

@@ -65,7 +65,8 @@ def measure_speed(folder: Path, config: SpeedConfig, *, device: str = "cpu") -> 
 def measure_here(folder: Path, config: SpeedConfig, device: str) -> dict[str, float]:
     """Measurements of the bundle in `folder`, made by this process, which must be fresh."""
     from goldcrest.tasks.language import generation
-    from goldcrest.tasks.language.bundle import load_bundle, read_description
+    from goldcrest.tasks.language.bundle import read_description
+    from goldcrest.tasks.language.quality import load_on
 
     family = read_description(folder)["family"]
     import torch
@@ -73,8 +74,7 @@ def measure_here(folder: Path, config: SpeedConfig, device: str) -> dict[str, fl
     torch.set_num_threads(config.threads)
     before = _peak_mb(device)
     start = time.perf_counter()
-    bundle = load_bundle(folder)
-    bundle.model.to(device)
+    bundle = load_on(folder, device)
     loaded = time.perf_counter() - start
     prompt = _prompt(bundle, config)
     if family in generation.WRITERS:

@@ -98,7 +98,7 @@ def test_a_stream_is_the_whole_answer_in_pieces(
 
 def test_stop_strings_end_an_answer_and_are_cut_off(generators: dict[str, Generator]) -> None:
     for generator in generators.values():
-        chosen = GenerationSettings(max_new_tokens=60, temperature=1.0, seed=1)
+        chosen = GenerationSettings(max_new_tokens=36, temperature=1.0, seed=1)
         free = generator.generate(PROMPTS, chosen)
         for place, answer in enumerate(free):
             stop = next(letter for letter in answer.text[8:] if "!" < letter < "\x7f")
