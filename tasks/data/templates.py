@@ -39,6 +39,11 @@ class Template:
         """Names of the row's fields (their first parts) that it reads, in order."""
         return list(dict.fromkeys(path[0] for _, path in self._parts if path is not None))
 
+    @property
+    def dotted(self) -> bool:
+        """Whether it reads a field inside a field."""
+        return any(path is not None and len(path) > 1 for _, path in self._parts)
+
     def render(self, row: Mapping[str, Any], separators: Sequence[str]) -> str:
         """The text for one row; FieldError for a field that is missing or no text."""
         return "".join(

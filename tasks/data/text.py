@@ -29,7 +29,7 @@ from typing import Any, Literal, NoReturn
 from pydantic import Field
 
 from goldcrest.cluster.api import Config, InputError
-from goldcrest.tasks.data.corpus import DATASETS_FILES, DATASETS_PREFIX
+from goldcrest.tasks.data.corpus import DATASETS_FILES, DATASETS_PREFIX, as_text
 from goldcrest.tasks.data.documents import DocumentConfig, read_documents
 from goldcrest.tasks.data.lines import BadLine, Lines, TextLines
 
@@ -95,9 +95,10 @@ def corpus_names(paths: Sequence[str]) -> tuple[str, ...]:
     """A short name for every corpus, from the last part of its path, numbered where alike."""
     names: list[str] = []
     for path in paths:
-        local = DATASETS_PREFIX not in path
-        base = Path(path).expanduser().name if local else path.removeprefix(DATASETS_PREFIX)
-        name, count = base, 2
+        remote = path.startswith(DATASETS_PREFIX)
+        last = path.removeprefix(DATASETS_PREFIX) if remote else Path(path).expanduser().name
+        base, count = as_text(last) or "corpus", 2
+        name = base
         while name in names:
             name, count = f"{count}-{base}", count + 1
         names.append(name)
@@ -126,7 +127,8 @@ def text_files(path: str, name: str) -> list[TextFile]:
     found = [
         TextFile(f"{name}/{inside}", inside, file, kind)
         for file in _visible_files(root)
-        if (kind := _kind(file)) is not None and (inside := file.relative_to(root).as_posix())
+        if (kind := _kind(file)) is not None
+        and (inside := as_text(file.relative_to(root).as_posix()))
     ]
     if not found:
         raise InputError(
@@ -307,7 +309,7 @@ def _dataset_splits(reference: str, name: str) -> list[TextFile]:
             TextFile(f"{name}/{each}", each, Path(place), "dataset", loaded[each])
             for each in ([split] if split else sorted(loaded))
         ]
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:  # a script in it
         raise InputError(f"dataset {reference} can't be loaded: {error}") from error
 
 

@@ -182,22 +182,34 @@ def load_state(folder: Path | str) -> dict[str, Tensor]:
 
 def load_model(folder: Path | str) -> PreTrainedModel:
     """The model of any language bundle, in eval mode; InputError when it is not one."""
-    from goldcrest.kernels.language.architectures import bare_model, settle
+    from goldcrest.kernels.language.architectures import settle
 
     folder = Path(folder)
     facts = read_description(folder)
+    model = load_bare(folder)
     with _told_as_input(folder):
-        config = load_config(folder)
-        model = bare_model(config, facts["family"])  # sizes are the file's claim: nothing is made
         if facts.get("quantization") is not None:
             _install(model, facts["quantization"])
         found = model.load_state_dict(load_state(folder), strict=False, assign=True)
         if found.unexpected_keys:
             raise ValueError(f"it holds the unknown weight {found.unexpected_keys[0]}")
         settle(model)
+    return model.eval().requires_grad_(False)
+
+
+def load_bare(folder: Path | str) -> PreTrainedModel:
+    """The float model of a bundle without its weights (device "meta").
+
+    Sizes are the file's claim: nothing is allocated for them.
+    """
+    from goldcrest.kernels.language.architectures import bare_model
+
+    folder = Path(folder)
+    with _told_as_input(folder):
+        model = bare_model(load_config(folder), read_description(folder)["family"])
         if model.can_generate():
             model.generation_config = _load_generation(folder)
-    return model.eval().requires_grad_(False)
+    return model
 
 
 def _load_generation(folder: Path) -> GenerationConfig:

@@ -11,7 +11,12 @@ import functools
 from pydantic import Field
 
 from goldcrest.cluster.api import Artifact, InputError, Output, TrainingConfig, task
-from goldcrest.tasks.language.bundle import load_config, read_description, verified
+from goldcrest.tasks.language.bundle import (
+    load_bare,
+    load_config,
+    read_description,
+    verified,
+)
 from goldcrest.tasks.language.recipe import (
     RecipeConfig,
     check_lengths,
@@ -52,7 +57,7 @@ def finetune(cfg: FinetuneConfig, base: Artifact, tokens: Artifact, out: Output)
     objective = LanguageObjective(
         text,
         start=functools.partial(load_trainable, folder),
-        gradient_checkpointing=cfg.gradient_checkpointing,
+        activation_checkpointing=cfg.activation_checkpointing,
         evaluation_rows=cfg.evaluation_rows,
     )
     trained = train(objective, cfg.training, out)
@@ -61,7 +66,7 @@ def finetune(cfg: FinetuneConfig, base: Artifact, tokens: Artifact, out: Output)
         out,
         name="dense",
         family=description["family"],
-        model=load_trainable(folder),
+        model=load_bare(folder),
         state=trained.model_state,
         tokenizer=folder / "tokenizer",
         facts={

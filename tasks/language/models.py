@@ -115,11 +115,11 @@ def build_model(model: ModelConfig, config: PreTrainedConfig) -> PreTrainedModel
 def checkpoint_activations(model: PreTrainedModel) -> None:
     """Switch on activation checkpointing; InputError for an architecture without it."""
     try:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable()
     except ValueError as error:
         raise InputError(
-            f"{type(model).__name__} has no gradient checkpointing",
-            hint="set gradient_checkpointing to false",
+            f"{type(model).__name__} has no activation checkpointing",
+            hint="set activation_checkpointing to false",
         ) from error
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -108,15 +109,15 @@ class LanguageObjective:
         text: Text,
         *,
         start: Callable[[], Any],
-        gradient_checkpointing: bool = False,
+        activation_checkpointing: bool = False,
         evaluation_rows: int = 256,
     ) -> None:
         """`start` makes the model that training starts from (it travels to the workers);
-        `gradient_checkpointing` computes blocks again in the backward pass; `evaluation_rows` of
+        `activation_checkpointing` computes blocks again in the backward pass; `evaluation_rows` of
         each split are looked at after an epoch.
         """
         self.text, self.start = text, start
-        self.gradient_checkpointing = gradient_checkpointing
+        self.activation_checkpointing = activation_checkpointing
         self.evaluation_rows = evaluation_rows
 
     def build_model(self) -> nn.Module:
@@ -124,7 +125,7 @@ class LanguageObjective:
         from goldcrest.tasks.language.models import checkpoint_activations
 
         model = self.start().train().requires_grad_(True)
-        if self.gradient_checkpointing:
+        if self.activation_checkpointing:
             checkpoint_activations(model)
         return model
 
@@ -251,7 +252,8 @@ class SparseObjective(LanguageObjective):
         """Task loss and, unless distillation is "none", the distance to the teacher."""
         from goldcrest.kernels.distillation import feature_mse, logit_kd, squarehead
 
-        with recorded_outputs(model) as outputs:
+        features = self.distillation in ("squarehead", "feature_mse")
+        with recorded_outputs(model) if features else nullcontext([]) as outputs:
             logits, targets = self._predict(model, batch)
         found = {"cross_entropy": self.task_weight * cross_entropy(logits, targets)}
         if self.distillation == "none":
@@ -259,7 +261,7 @@ class SparseObjective(LanguageObjective):
         teacher = self._frozen_teacher(model)
         with torch.no_grad(), recorded_outputs(teacher) as wanted:
             wanted_logits, _ = self._predict(teacher, batch)
-        if self.distillation == "logits":
+        if not features:
             valid = targets != NO_LOSS
             distance = logit_kd.loss(wanted_logits, logits, valid, self.distillation_settings)
         else:
@@ -275,7 +277,8 @@ class SparseObjective(LanguageObjective):
 
             assert self.teacher is not None
             like = next(model.parameters())
-            self._teacher = load_model(self.teacher).to(like.device, like.dtype)
+            teacher: nn.Module = load_model(self.teacher)
+            self._teacher = teacher.to(like.device, like.dtype)
         return self._teacher
 
     def after_step(self, model: nn.Module) -> None:

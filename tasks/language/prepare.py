@@ -160,7 +160,7 @@ def prepare_text(cfg: TextConfig, out: Output) -> None:
     if counts["train"].rows == 0:
         raise InputError(
             f"no row is left for training: of {rows.total} rows {rows.bad} can't be used, "
-            f"{rows.known} have prompts that are in evaluation files too",
+            f"{rows.repeated} have prompts that are in evaluation files too",
             hint="name files for training in corpus.roles.train, or lower corpus.test_share",
         )
     _report(rows, counts, out)
@@ -215,7 +215,7 @@ class _Rows:
     def __init__(self, cfg: TextConfig, files: dict[str, list[TextFile]], out: Output) -> None:
         self.cfg, self.files, self._out = cfg, files, out
         self.total = self.bad = 0
-        self.known = 0  # left out of a split because another holds their prompt
+        self.repeated = 0  # left out of a split because an evaluation split has the prompt
         self.reasons: list[dict[str, Any]] = []
 
     def items(self, split: Split) -> Iterator[Item]:
@@ -266,47 +266,43 @@ class _Rows:
 
 
 class _Maker:
-    """Makes the rows of one file into items."""
+    """Makes the rows of one file into items, one for each of a row's answers."""
 
     def __init__(self, cfg: TextConfig, file: TextFile) -> None:
         self._cfg, self._file = cfg, file
-        self._prompt: Template | None = None
-        self._answer: Template | None = None
+        self._templates: tuple[Template, Template] | None = None
         self.columns: list[str] | None = None
         if cfg.prompt is not None and cfg.answer is not None:
-            self._take(cfg.prompt, cfg.answer)
-            # A column may itself be called `a.b`: leave nothing out where dots are written.
-            if "." not in "".join(re.findall(r"\{[^}]*\}", cfg.prompt + cfg.answer)):
-                self.columns = [*self._prompt.fields, *self._answer.fields]
-
-    def _take(self, prompt: str, answer: str) -> None:
-        self._prompt, self._answer = Template(prompt), Template(answer)
+            self._templates = Template(cfg.prompt), Template(cfg.answer)
+            names = [name for template in self._templates for name in template.fields]
+            # A column may itself be called `a.b`: where dots are written, leave nothing out.
+            dotted = any(template.dotted for template in self._templates)
+            self.columns = None if dotted else names
 
     def items(self, row: Row) -> list[Item]:
-        """The row's items, one for each of its answers; FieldError says why there is none."""
-        if self._prompt is None or self._answer is None:
-            self._take(*_known_templates(self._file, row))
-        assert self._prompt is not None and self._answer is not None
-        cfg, place = self._cfg, f"{self._file.name}:{row.line}"
-        prompt = _replaced(self._prompt.render(row.fields, cfg.join), cfg.replace_in_prompt)
-        if self._prompt.fields:
+        """The row's items; FieldError says why there is none."""
+        if self._templates is None:
+            self._templates = _known_templates(self._file, row)
+        cfg, (prompt_template, answer_template) = self._cfg, self._templates
+        prompt = _replaced(prompt_template.render(row.fields, cfg.join), cfg.replace_in_prompt)
+        if prompt_template.fields:
             _check_text("prompt", prompt, cfg.max_row_bytes)
-        answers = [
-            _replaced(text, cfg.replace_in_answer)
-            for text in self._answer.render_each(row.fields, cfg.join)
-        ]
-        if not answers:
+        rendered = answer_template.render_each(row.fields, cfg.join)
+        if not rendered:
             raise FieldError("the list of answers is empty")
+        answers = [_replaced(text, cfg.replace_in_answer) for text in rendered]
         for answer in answers:
             _check_text("answer", answer, cfg.max_row_bytes)
+        place = f"{self._file.name}:{row.line}"
         if len(answers) == 1:
             return [Item(place, prompt, answers[0])]
         return [Item(f"{place}#{which}", prompt, text) for which, text in enumerate(answers)]
 
 
-def _known_templates(file: TextFile, row: Row) -> tuple[str, str]:
-    for prompt, answer in KNOWN_FIELDS:
-        if all(name in row.fields for name in (*Template(prompt).fields, *Template(answer).fields)):
+def _known_templates(file: TextFile, row: Row) -> tuple[Template, Template]:
+    for texts in KNOWN_FIELDS:
+        prompt, answer = map(Template, texts)
+        if all(name in row.fields for name in (*prompt.fields, *answer.fields)):
             return prompt, answer
     raise InputError(
         f"{file.path}:{row.line}: no templates were given, and the fields "
@@ -340,7 +336,7 @@ def _training_items(
     """What is for training; on the way the evaluation splits are collected."""
     for split in ("test", "validation"):
         for item in rows.items(split):
-            rows.known += not evaluation.add(split, item)
+            rows.repeated += not evaluation.add(split, item)
     given = 0
     reading = _divided(rows, evaluation, hold_out)
     for source in (reading, hold_out.close()):
@@ -360,7 +356,7 @@ def _divided(
     from_files = any(rows.files[split] for split in ("validation", "test"))
     for item in rows.items("train"):
         if from_files and evaluation.split_of(item.key) is not None:
-            rows.known += 1
+            rows.repeated += 1
         else:
             yield from hold_out.place(item)
 
@@ -391,6 +387,6 @@ def _report(rows: _Rows, counts: dict[Split, _Count], out: Output) -> None:
     out.table("quarantine", pa.Table.from_pylist(rows.reasons, schema=_QUARANTINE))
     summary = {split: dict(vars(count)) for split, count in counts.items()}
     named = {role: [file.name for file in each] for role, each in rows.files.items()}
-    facts = {"rows_read": rows.total, "quarantined": rows.bad, "also_in_evaluation": rows.known}
+    facts = {"rows_read": rows.total, "quarantined": rows.bad, "also_in_evaluation": rows.repeated}
     out.json("facts", {**facts, "files": named, "splits": summary})
     out.metrics(**facts, corpus=summary)

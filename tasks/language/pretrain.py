@@ -80,7 +80,7 @@ def pretrain(
         objective = LanguageObjective(
             text,
             start=functools.partial(build_model, cfg.model, config),
-            gradient_checkpointing=cfg.gradient_checkpointing,
+            activation_checkpointing=cfg.activation_checkpointing,
             evaluation_rows=cfg.evaluation_rows,
         )
         trained = train(objective, cfg.training, out)

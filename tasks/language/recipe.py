@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class RecipeConfig(Config):
     """How a step trains, beside the engine's own settings."""
 
-    gradient_checkpointing: Annotated[bool, DoesNotChangeResult] = Field(
+    activation_checkpointing: Annotated[bool, DoesNotChangeResult] = Field(
         False,
         description="keep only the inputs of each block for the backward pass and compute the "
         "rest again: memory of one block's activations, a third more arithmetic",
@@ -88,8 +88,13 @@ def check_lengths(text: Text, config: PreTrainedConfig) -> None:
     from goldcrest.kernels.language.architectures import longest_text
 
     most = longest_text(config)
-    longest = max(int(each.lengths.max(initial=0)) for each in (text.train, text.validation))
-    if most is not None and text.family != "seq2seq" and longest > most:
+    longest = 0
+    for reader in (text.train, text.validation):
+        parts = [reader.lengths]
+        if text.family == "seq2seq":
+            parts = [reader.predicted, reader.lengths - reader.predicted]
+        longest = max(longest, *(int(each.max(initial=0)) for each in parts))
+    if most is not None and longest > most:
         raise InputError(
             f"a row has {longest} tokens, the model {config.model_type} positions for {most}",
             hint="lower tokens.length, or give the model more positions",

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -24,7 +25,12 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from goldcrest.cluster.api import Artifact, Config, Output, StepError, TrainingConfig, task
-from goldcrest.tasks.language.bundle import load_config, read_description, verified
+from goldcrest.tasks.language.bundle import (
+    load_bare,
+    load_config,
+    read_description,
+    verified,
+)
 from goldcrest.tasks.language.recipe import (
     RecipeConfig,
     check_lengths,
@@ -40,6 +46,7 @@ if TYPE_CHECKING:
     from goldcrest.tasks.language.objective import Text
 
 _SPARSITY = "goldcrest.kernels.sparsity"
+_DONE = "layers.json"
 _DISTILLATION = {
     "logits": "goldcrest.kernels.distillation.logit_kd",
     "squarehead": "goldcrest.kernels.distillation.squarehead",
@@ -186,10 +193,11 @@ def sparse_finetune_text(
     check_lengths(text, load_config(folder))
     out.progress(0.0, f"{cfg.method} to {cfg.sparsity:.0%}")
     pruned = out.scratch / "pruned"
-    prune = functools.partial(prune_bundle, text=text, cfg=cfg, seed=out.seed, into=pruned)
-    (facts,) = out.runtime.map(prune, [folder], note=f"prune by {cfg.method}")
+    if not (pruned / _DONE).is_file():  # else a run that was killed has pruned already
+        prune = functools.partial(prune_bundle, text=text, cfg=cfg, seed=out.seed, into=pruned)
+        list(out.runtime.map(prune, [folder], note=f"prune by {cfg.method}"))
     state, history = _trained(cfg, text, folder, teacher, pruned, out)
-    layers = facts["layers"]
+    layers = json.loads((pruned / _DONE).read_text("utf-8"))
     zeros = sum(int((state[f"{name}.weight"] == 0).sum()) for name in layers)
     sparsity = zeros / sum(state[f"{name}.weight"].numel() for name in layers)
     out.metrics(sparsity={"pruned_layers": sparsity, "layers": len(layers)})
@@ -197,7 +205,7 @@ def sparse_finetune_text(
         out,
         name=level_name(cfg.sparsity),
         family=description["family"],
-        model=load_trainable(folder),
+        model=load_bare(folder),
         state=state,
         tokenizer=folder / "tokenizer",
         packed=[f"{name}.weight" for name in layers],
@@ -237,7 +245,7 @@ def _trained(
         distillation=cfg.distillation,
         distillation_settings=settings,
         task_weight=cfg.task_weight,
-        gradient_checkpointing=cfg.gradient_checkpointing,
+        activation_checkpointing=cfg.activation_checkpointing,
         evaluation_rows=cfg.evaluation_rows,
     )
     trained = train(objective, cfg.training, out)
@@ -245,13 +253,11 @@ def _trained(
     return trained.model_state, trained.history
 
 
-def prune_bundle(
-    folder: Path, *, text: Text, cfg: SparseTextConfig, seed: int, into: Path
-) -> dict[str, Any]:
-    """Prune the model of a bundle; weights and masks go into a folder. Runs on a worker.
+def prune_bundle(folder: Path, *, text: Text, cfg: SparseTextConfig, seed: int, into: Path) -> None:
+    """Prune the model of a bundle; weights, masks and layer names go into a folder, the names last.
 
-    Weights stay on disk, where every training process reads them, instead of travelling with the
-    objective. Returns the names of the pruned layers.
+    Runs on a worker. Weights stay on disk, where every training process reads them, instead of
+    travelling with the objective.
     """
     from safetensors.torch import save_file
 
@@ -278,7 +284,7 @@ def prune_bundle(
     tensors = {name: value.contiguous() for name, value in own_state(model).items()}
     save_file(tensors, into / "weights.safetensors")
     write_masks(into / "masks.safetensors", masks)
-    return {"layers": list(masks)}
+    (into / _DONE).write_text(json.dumps(list(masks)), "utf-8")
 
 
 def calibration_batches(

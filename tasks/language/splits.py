@@ -21,7 +21,7 @@ from typing import Self
 
 from goldcrest.tasks.language.examples import Example, Split
 
-_HELD_ROWS = 10_000  # of one prompt; more of them are no longer kept in memory
+_HELD_ROWS = 10_000  # of one prompt, kept in memory until its side is known
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +61,7 @@ class EvaluationRows:
             "CREATE TABLE item (number INTEGER PRIMARY KEY, key BLOB, id TEXT, prompt TEXT,"
             " answer TEXT); CREATE INDEX by_key ON item (key);"
         )
+        self._database.execute("BEGIN")  # nobody reads the file later: nothing is ever committed
         self._count = 0
 
     def __enter__(self) -> Self:
@@ -134,7 +135,7 @@ class HoldOut:
             return
         self._waiting.setdefault(key, []).append(item)
         if len(self._waiting[key]) > _HELD_ROWS:
-            yield from self._train(key)
+            self._missing.clear()  # one prompt is most of the corpus: no row can wait
         yield from self._release(len(self._missing))
 
     def close(self) -> Iterator[tuple[Split, Item]]:

@@ -207,7 +207,7 @@ def _texts(corpora: Iterable[Artifact]) -> Iterator[str]:
 
 def _load(cfg: TokenizerConfig) -> PreTrainedTokenizerFast:
     """A tokenizer that was given, in its fast form, with a token to pad with."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     source: dict[str, Any] = (
         {"pretrained_model_name_or_path": cfg.path, "local_files_only": True}
@@ -219,7 +219,7 @@ def _load(cfg: TokenizerConfig) -> PreTrainedTokenizerFast:
     except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
         place = cfg.path or f"the hub's {cfg.hub}"
         raise InputError(f"no tokenizer can be loaded from {place}: {error}") from error
-    if not loaded.is_fast:
+    if not isinstance(loaded, PreTrainedTokenizerFast):
         raise InputError(f"{cfg.path or cfg.hub} has no fast tokenizer (tokenizer.json)")
     if loaded.eos_token is None:
         raise InputError(

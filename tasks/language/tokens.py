@@ -126,33 +126,35 @@ def encode_batch(
     tokenizer = _loaded(folder)
     begin = [] if tokenizer.bos_token_id is None or not bos else [tokenizer.bos_token_id]
     end = [tokenizer.eos_token_id]
-    prompts = _encoded(tokenizer, [prompt for prompt, _ in texts])
-    answers = _encoded(tokenizer, [answer for _, answer in texts])
+    prompts, answers = [prompt for prompt, _ in texts], [answer for _, answer in texts]
     if family == "seq2seq":
-        begin, prompts = [], [each.then(_special(end)) for each in prompts]
-    return [
-        (_special(begin).then(prompt), answer.then(_special(end)))
-        for prompt, answer in zip(prompts, answers, strict=True)
-    ]
+        encoded = _encoded(tokenizer, prompts, [], end)
+    else:
+        encoded = _encoded(tokenizer, prompts, begin, [])
+    return list(zip(encoded, _encoded(tokenizer, answers, [], end), strict=True))
 
 
-def _special(ids: Sequence[int]) -> EncodedText:
-    nothing = np.zeros(len(ids), np.int64)
-    return EncodedText(np.array(ids, np.int32), nothing, nothing)
-
-
-def _encoded(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[EncodedText]:
+def _encoded(
+    tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], begin: list[int], end: list[int]
+) -> list[EncodedText]:
     """Texts as tokens; the last token's ends are those of the text, whatever a normaliser did."""
     encoded = []
     for text, found in zip(texts, encode_plain(tokenizer, texts), strict=True):
-        ends = np.array([end for _, end in found.offsets], np.int64)
-        ends = np.maximum.accumulate(ends) if len(ends) else ends
-        ends[-1:] = len(text)
-        codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-        sizes = 1 + (codes > 0x7F) + (codes > 0x7FF) + (codes > 0xFFFF)
-        bytes_before = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-        encoded.append(EncodedText(np.array(found.ids, np.int32), ends, bytes_before[ends]))
+        ends = np.zeros(len(begin) + len(found) + len(end), np.int64)
+        if len(found):
+            inside = np.array(found.offsets, np.int64)[:, 1]
+            ends[len(begin) : len(begin) + len(inside)] = np.maximum.accumulate(inside)
+            ends[len(begin) + len(inside) - 1 :] = len(text)
+        ids = np.array([*begin, *found.ids, *end], np.int32)
+        encoded.append(EncodedText(ids, ends, ends if text.isascii() else _sizes(text)[ends]))
     return encoded
+
+
+def _sizes(text: str) -> np.ndarray:
+    """UTF-8 bytes of the first 0, 1, 2, ... characters of a text, (N + 1,) int64."""
+    codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    sizes = 1 + (codes > 0x7F) + (codes > 0x7FF) + (codes > 0xFFFF)
+    return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
 
 
 @dataclass
@@ -207,7 +209,10 @@ class _RowMaker:
             return
         self.facts["truncated"] += not fits
         kept = min(len(answer), limits[1])
-        row = TokenRow(prompt.tokens[: limits[0]], answer.tokens[:kept], _EMPTY)
+        question = prompt.tokens
+        if len(question) > limits[0]:  # an encoder's input still ends in eos
+            question = np.append(question[: limits[0] - 1], question[-1:])
+        row = TokenRow(question, answer.tokens[:kept], _EMPTY)
         self._write(row, number, int(answer.characters[kept - 1]), int(answer.bytes[kept - 1]))
 
     def _write(self, row: TokenRow, example: int, characters: int, size: int) -> None:

@@ -66,14 +66,15 @@ def tokenizer_artifact(folder: Path, *, words: int = WORDS) -> Artifact:
 
 
 def counting_rows(rows: int, seed: int, *, longest: int = 7) -> list[TokenRow]:
-    """A prompt of two numbers, and the numbers that follow; the end of the text."""
+    """A prompt of two or three numbers, and the numbers that follow; the end of the text."""
     rng = np.random.default_rng(seed)
     made = []
     for _ in range(rows):
-        first, size = int(rng.integers(4, WORDS - longest - 2)), int(rng.integers(2, longest))
-        numbers = np.arange(first, first + 2 + size, dtype=np.int32)
-        answer = np.append(numbers[2:], np.int32(2))
-        made.append(TokenRow(numbers[:2], answer, np.zeros(0, np.int32)))
+        first, size = int(rng.integers(4, WORDS - longest - 3)), int(rng.integers(2, longest))
+        told = int(rng.integers(2, 4))
+        numbers = np.arange(first, first + told + size, dtype=np.int32)
+        answer = np.append(numbers[told:], np.int32(2))
+        made.append(TokenRow(numbers[:told], answer, np.zeros(0, np.int32)))
     return made
 
 
@@ -88,11 +89,11 @@ def packed_rows(rows: int, seed: int) -> list[TokenRow]:
 
 
 def tokens_artifact(
-    folder: Path, *, family: str = "causal", rows: int = 64, packed: bool = False
+    folder: Path, *, family: str = "causal", rows: int = 48, packed: bool = False
 ) -> Artifact:
     """Token files of a training and a validation split."""
     folder.mkdir(parents=True)
-    make = packed_rows if packed or family == "masked" else counting_rows
+    make = packed_rows if packed else counting_rows
     for seed, (split, count) in enumerate({"train": rows, "validation": 16, "test": 16}.items()):
         with TokenWriter(folder / f"{split}.arrow") as writer:
             for number, row in enumerate(make(count, 10 * seed) if count else []):

@@ -182,3 +182,23 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
     given = ModelConfig(path=str(written(tmp_path / "dense", tiny_models.llama())))
     with pytest.raises(InputError, match="65 tokens"):
         model_config(given, tokenizer=[None] * 65)
+
+
+def test_weights_that_are_pickles_are_refused(tmp_path: Path) -> None:
+    """A pickle runs code when it is read: only safetensors are."""
+    folder = written(tmp_path / "dense", tiny_models.llama())
+    torch.save(load_state(folder), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    given = ModelConfig(path=str(folder))
+    config = model_config(given, tokenizer=[None] * 64)
+    with pytest.raises(InputError, match="safetensors"):
+        build_model(given, config)
+
+
+def test_a_hub_that_is_out_of_reach_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    given = ModelConfig(hub="somebody/some-model", revision="0" * 40)
+    with pytest.raises(InputError, match="somebody/some-model can't be loaded"):
+        model_config(given, tokenizer=[None] * 64)

@@ -1,0 +1,167 @@
+"""Tokenizers: every text comes back, the same corpus gives the same bytes, nothing is run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from goldcrest.cluster.api import Artifact, InputError
+from goldcrest.tasks.language.prepare import TextConfig, prepare_text
+from goldcrest.tasks.language.tokenizer import (
+    TokenizerConfig,
+    encode_plain,
+    load_tokenizer,
+    tokenizer,
+    tokenizer_folder,
+)
+
+RunTask = Callable[..., Artifact]
+any_text = st.text(st.characters(blacklist_categories=["Cs"]), max_size=80)
+spelled = st.lists(st.sampled_from(["</s>", "<s>", "<pad>", "<mask>", " ", "word", "é"]))
+
+
+@pytest.fixture
+def corpus(run_task: RunTask) -> Artifact:
+    return run_task(prepare_text, TextConfig(embedded={"meanings": 80}))  # type: ignore[arg-type]
+
+
+@pytest.fixture(params=["bpe", "bytes"])
+def folder(request: pytest.FixtureRequest, run_task: RunTask, corpus: Artifact) -> Path:
+    cfg = TokenizerConfig(method=request.param, vocab_size=400, mask="<mask>")
+    return tokenizer_folder(run_task(tokenizer, cfg, corpus))
+
+
+def test_every_text_comes_back(folder: Path) -> None:
+    made = load_tokenizer(folder)
+
+    @given(st.one_of(any_text, spelled.map("".join)))
+    @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+    def check(text: str) -> None:
+        (found,) = encode_plain(made, [text])
+        assert made.decode(found.ids) == text
+        assert not {0, 1, 2, 3} & set(found.ids), "a text became a special token"
+
+    check()
+    assert made("</s>").input_ids == [made.eos_token_id]  # others still see special tokens
+
+
+def test_special_tokens_have_the_first_ids(folder: Path) -> None:
+    made = load_tokenizer(folder)
+    ids = (made.pad_token_id, made.bos_token_id, made.eos_token_id, made.mask_token_id)
+    assert ids == (0, 1, 2, 3)
+    from transformers import AutoTokenizer
+
+    assert AutoTokenizer.from_pretrained(folder)("a b").input_ids == made("a b").input_ids
+
+
+def test_a_byte_is_its_value_behind_the_special_tokens(run_task: RunTask, corpus: Artifact) -> None:
+    made = load_tokenizer(
+        tokenizer_folder(run_task(tokenizer, TokenizerConfig(method="bytes"), corpus))
+    )
+    text = "".join(map(chr, range(256))) + "\u20ac\U0001f388"
+    (found,) = encode_plain(made, [text])
+    assert found.ids == [3 + byte for byte in text.encode()]
+    assert len(made) == 259
+
+
+def test_training_twice_gives_the_same_bytes(run_task: RunTask, corpus: Artifact) -> None:
+    cfg = TokenizerConfig(vocab_size=420)
+    one, two = (run_task(tokenizer, cfg, corpus) for _ in range(2))
+    assert one.manifest["files"] == two.manifest["files"]
+    assert one.metrics["tokenizer"]["vocabulary"] == 420
+    assert one.metrics["tokenizer"]["bytes_per_token"] > 3
+
+
+def test_further_corpora_are_trained_on(
+    run_task: RunTask, corpus: Artifact, tmp_path: Path
+) -> None:
+    (tmp_path / "z.txt").write_text("\n\n".join(f"{n} zzzyzx zzzyzx" for n in range(99)))
+    cfg = TextConfig(paths=(str(tmp_path / "z.txt"),), documents={"min_bytes": 30})  # type: ignore[arg-type]
+    more = run_task(prepare_text, cfg)
+    made = load_tokenizer(
+        tokenizer_folder(run_task(tokenizer, TokenizerConfig(vocab_size=500), corpus, other=more))
+    )
+    assert len(encode_plain(made, [" zzzyzx"])[0].ids) == 1
+
+
+def test_a_loaded_tokenizer_is_the_given_one(
+    run_task: RunTask, corpus: Artifact, folder: Path
+) -> None:
+    again = run_task(tokenizer, TokenizerConfig(method="load", path=str(folder)), corpus)
+    assert load_tokenizer(tokenizer_folder(again)).get_vocab() == load_tokenizer(folder).get_vocab()
+
+
+def edit(folder: Path, name: str, **changes: Any) -> None:
+    content = json.loads((folder / name).read_text())
+    for key, value in changes.items():
+        content.pop(key, None)
+        if value is not None:
+            content[key] = value
+    (folder / name).write_text(json.dumps(content))
+
+
+def test_without_padding_its_eos_is_taken_and_without_eos_it_is_refused(
+    run_task: RunTask, corpus: Artifact, folder: Path
+) -> None:
+    cfg = TokenizerConfig(method="load", path=str(folder))
+    edit(folder, "tokenizer_config.json", pad_token=None)
+    made = load_tokenizer(tokenizer_folder(run_task(tokenizer, cfg, corpus)))
+    assert made.pad_token_id == made.eos_token_id == 2
+    edit(folder, "tokenizer_config.json", eos_token=None)
+    with pytest.raises(InputError, match="eos"):
+        run_task(tokenizer, cfg, corpus)
+
+
+def test_code_that_comes_with_a_tokenizer_is_not_run(
+    run_task: RunTask, corpus: Artifact, folder: Path, tmp_path: Path
+) -> None:
+    mark = tmp_path / "run"
+    (folder / "evil.py").write_text(f"open({str(mark)!r}, 'w')\nclass Evil: pass\n")
+    auto_map = {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+    edit(folder, "tokenizer_config.json", auto_map=auto_map, tokenizer_class="Evil")
+    load_tokenizer(folder)
+    cfg = TokenizerConfig(method="load", path=str(folder))
+    try:
+        run_task(tokenizer, cfg, corpus)
+    except InputError as error:
+        assert str(folder) in str(error)
+    assert not mark.exists()
+
+
+def test_folders_and_names_without_a_tokenizer(
+    run_task: RunTask, corpus: Artifact, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=r"tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match="can't be read"):
+        load_tokenizer(tmp_path)
+    for cfg in (
+        TokenizerConfig(method="load", path=str(tmp_path)),
+        TokenizerConfig(method="load", hub="nobody/has-this"),
+    ):
+        with pytest.raises(InputError, match="no tokenizer can be loaded"):
+            run_task(tokenizer, cfg, corpus)
+
+
+@pytest.mark.parametrize(
+    ("given_settings", "why"),
+    [
+        ({"method": "load"}, "exactly one"),
+        ({"method": "load", "path": "/a", "hub": "b"}, "exactly one"),
+        ({"path": "/a"}, "neither"),
+        ({"revision": "main"}, "revision"),
+        ({"bos": "<pad>"}, "must differ"),
+        ({"vocab_size": 100}, "greater than or equal"),
+    ],
+)
+def test_configs_that_say_two_things(given_settings: dict[str, Any], why: str) -> None:
+    with pytest.raises(ValidationError, match=why):
+        TokenizerConfig(**given_settings)
