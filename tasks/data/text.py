@@ -271,10 +271,10 @@ def _rows_of(batch: Any) -> Iterable[dict[str, Any] | str]:
 def _dataset(
     file: TextFile, _: DocumentConfig, limit: int, columns: Sequence[str] | None
 ) -> Iterator[Row]:
-    table = file.dataset
-    if columns is not None:
-        table = table.select_columns([each for each in columns if each in table.column_names])
-    number = 0
+    table, number = file.dataset, 0
+    # Without any of the columns the rows are still there, each of them bad.
+    if wanted := [each for each in columns or () if each in table.column_names]:
+        table = table.select_columns(wanted)
     for batch in table.with_format("arrow").iter(_BATCH_ROWS):
         for row in _rows_of(batch):
             number += 1

@@ -202,6 +202,13 @@ def test_an_empty_file_is_a_bad_row(tmp_path: Path, name: str) -> None:
     assert [row.problem for row in rows(tmp_path / name)] == ["the file is empty"]
 
 
+def test_only_the_wanted_columns_are_read(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"a": ["1"], "b": [2]}), tmp_path / "rows.parquet")
+    (file,) = text_files(str(tmp_path / "rows.parquet"), "c")
+    (row,) = read_rows(file, DocumentConfig(), LIMIT, ["a", "missing"])
+    assert row.fields == {"a": "1"}
+
+
 def test_a_folder_is_walked_in_order_without_hidden_and_foreign_files(tmp_path: Path) -> None:
     for name in ("b/test.jsonl", "a.txt.gz", ".git/x.jsonl", "README.md", "c/.x.csv", "c/x.CSV"):
         (tmp_path / "pack" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -230,6 +237,7 @@ def test_a_dataset_saved_on_disk(tmp_path: Path) -> None:
     ]
     found = list(read_rows(files[1], DocumentConfig(), LIMIT, ["q"]))
     assert [row.fields for row in found] == [{"q": "1"}, {"q": "2"}]
+    assert len(list(read_rows(files[1], DocumentConfig(), LIMIT, ["missing"]))) == 2
     assert len(text_files(f"datasets://{tmp_path / 'd'}:test", "d")) == 1
     with pytest.raises(InputError, match="can't be loaded"):
         text_files(f"datasets://{tmp_path / 'd'}:nothing", "d")
