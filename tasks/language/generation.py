@@ -147,6 +147,12 @@ class Generator:
         from goldcrest.tasks.language.prompts import encode_prompt
 
         ids = encode_prompt(self.bundle, prompt) if isinstance(prompt, str) else list(prompt)
+        strange = [token for token in ids if not 0 <= token < len(self.tokenizer)]
+        if strange:
+            raise InputError(
+                f"the prompt holds the token {strange[0]}; the vocabulary ends at "
+                f"{len(self.tokenizer) - 1}"
+            )
         if not ids:
             raise InputError(
                 "the prompt is empty and the tokenizer has no token that begins a text",
