@@ -12,7 +12,7 @@ the statistics per sentence, which is why they are taken out here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def bleu(answers: Sequence[str], references: Sequence[Sequence[str]]) -> Additive:
     """BLEU, 0 to 100, of N answers with one or more references each."""
-    from sacrebleu.metrics import BLEU
+    from sacrebleu.metrics.bleu import BLEU
 
     # force: sacrebleu would warn of text that looks tokenized; what a model writes may look so.
     return _additive(BLEU(force=True), answers, references)
@@ -32,14 +32,14 @@ def bleu(answers: Sequence[str], references: Sequence[Sequence[str]]) -> Additiv
 
 def chrf(answers: Sequence[str], references: Sequence[Sequence[str]]) -> Additive:
     """chrF2, 0 to 100, of N answers with one or more references each."""
-    from sacrebleu.metrics import CHRF
+    from sacrebleu.metrics.chrf import CHRF
 
     return _additive(CHRF(), answers, references)
 
 
 def ter(answers: Sequence[str], references: Sequence[Sequence[str]]) -> Additive:
     """Translation edit rate, percent, of N answers with one or more references each."""
-    from sacrebleu.metrics import TER
+    from sacrebleu.metrics.ter import TER
 
     return _additive(TER(), answers, references)
 
@@ -52,7 +52,7 @@ def _additive(
         raise ValueError("an example has no reference")
     most = max((len(known) for known in references), default=0)
     # sacrebleu wants one list per place of a reference; None where an example has no more.
-    streams = [
+    streams: list[Any] = [
         [known[place] if place < len(known) else None for known in references]
         for place in range(most)
     ]

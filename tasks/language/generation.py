@@ -109,7 +109,8 @@ class Generator:
                 f"a model of family '{self.family}' does not write text after a prompt",
                 hint="generation needs a causal or a sequence-to-sequence model",
             )
-        self.bundle, self.model, self.tokenizer = model, model.model, model.tokenizer
+        self.bundle, self.tokenizer = model, model.tokenizer
+        self.model: Any = model.model  # `generate` is mixed in by the library, untyped
         self.batch_size = batch_size
         self.context = longest_text(self.model.config) if self.family == "causal" else None
 
@@ -156,6 +157,12 @@ class Generator:
         from goldcrest.tasks.language.prompts import encode_prompt
 
         ids = encode_prompt(self.bundle, prompt) if isinstance(prompt, str) else list(prompt)
+        strange = [token for token in ids if not 0 <= token < len(self.tokenizer)]
+        if strange:
+            raise InputError(
+                f"the prompt holds the token {strange[0]}; the vocabulary ends at "
+                f"{len(self.tokenizer) - 1}"
+            )
         if not ids:
             raise InputError(
                 "the prompt is empty and the tokenizer has no token that begins a text",

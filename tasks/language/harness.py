@@ -68,11 +68,10 @@ def evaluate_bundle(folder: Path, *, cfg: HarnessConfig, seed: int, device: str)
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    from goldcrest.tasks.language.bundle import load_bundle
     from goldcrest.tasks.language.harness_model import BundleModel
+    from goldcrest.tasks.language.quality import load_on
 
-    bundle = load_bundle(folder)
-    bundle.model.to(device)
+    bundle = load_on(folder, device)
     manager = TaskManager(include_path=cfg.folder, include_defaults=cfg.folder is None)
     unknown = [name for name in cfg.tasks if name not in manager.all_tasks]
     if unknown:

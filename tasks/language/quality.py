@@ -52,6 +52,17 @@ def text_metric(name: str) -> Callable[[Sequence[str], Sequence[Sequence[str]]],
     return known[name]
 
 
+def load_on(folder: Path, device: str) -> LanguageModel:
+    """The bundle in a folder, its model on a device ("cpu", "cuda")."""
+    from torch import nn
+
+    from goldcrest.tasks.language.bundle import load_bundle
+
+    bundle = load_bundle(folder)
+    nn.Module.to(bundle.model, device)
+    return bundle
+
+
 @dataclass(frozen=True)
 class LossShard:
     """Rows of a token file that one worker scores with one bundle."""
@@ -66,10 +77,8 @@ class LossShard:
 def row_losses(shard: LossShard) -> np.ndarray:
     """(n, 5) float64 by row: NLL and entropy in nats; tokens, characters, bytes."""
     from goldcrest.tasks.data.tokens import TokenReader
-    from goldcrest.tasks.language.bundle import load_bundle
 
-    bundle = load_bundle(shard.folder)
-    bundle.model.to(shard.device)
+    bundle = load_on(shard.folder, shard.device)
     reader = TokenReader(shard.tokens)
     found = np.zeros((len(shard.rows), 5))
     # Rows of similar length share a batch: less padding.
@@ -139,11 +148,9 @@ class AnswerShard:
 
 def answers(shard: AnswerShard) -> list[str]:
     """The text that the bundle writes after every prompt."""
-    from goldcrest.tasks.language.bundle import load_bundle
     from goldcrest.tasks.language.generation import Generator
 
-    bundle = load_bundle(shard.folder)
-    bundle.model.to(shard.device)
+    bundle = load_on(shard.folder, shard.device)
     generator = Generator(bundle, batch_size=shard.batch_size)
     return [each.text for each in generator.generate(shard.prompts, shard.settings)]
 

@@ -13,6 +13,7 @@ pass over the prompt and `tokens_per_second` its tokens over that time.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import resource
@@ -65,16 +66,18 @@ def measure_speed(folder: Path, config: SpeedConfig, *, device: str = "cpu") -> 
 def measure_here(folder: Path, config: SpeedConfig, device: str) -> dict[str, float]:
     """Measurements of the bundle in `folder`, made by this process, which must be fresh."""
     from goldcrest.tasks.language import generation
-    from goldcrest.tasks.language.bundle import load_bundle, read_description
+    from goldcrest.tasks.language.bundle import read_description
+    from goldcrest.tasks.language.quality import load_on
 
     family = read_description(folder)["family"]
     import torch
 
+    # What any model needs of the libraries is there before the first figure is taken.
+    importlib.import_module("goldcrest.kernels.language.architectures")
     torch.set_num_threads(config.threads)
     before = _peak_mb(device)
     start = time.perf_counter()
-    bundle = load_bundle(folder)
-    bundle.model.to(device)
+    bundle = load_on(folder, device)
     loaded = time.perf_counter() - start
     prompt = _prompt(bundle, config)
     if family in generation.WRITERS:

@@ -54,6 +54,11 @@ class Chain:
     sparse: Artifact
     tokenizer: Path
 
+    def evaluate(self) -> Artifact:
+        """Both bundles on everything there is."""
+        models = {"dense": self.dense, "sparse_60": self.sparse}
+        return self.run(evaluate_text, CONFIG, self.corpus, self.tokens, **models)
+
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
@@ -87,9 +92,13 @@ def _texts(folder: Path, dense: Artifact) -> Path:
     return path
 
 
-def test_quality_of_the_bundles(chain: Chain) -> None:
-    models = {"dense": chain.dense, "sparse_60": chain.sparse}
-    made = chain.run(evaluate_text, CONFIG, chain.corpus, chain.tokens, **models)
+@pytest.fixture(scope="module")
+def evaluation(chain: Chain) -> Artifact:
+    return chain.evaluate()
+
+
+def test_quality_of_the_bundles(chain: Chain, evaluation: Artifact) -> None:
+    made = evaluation
     language = made.metrics["language"]
     dense, sparse = language["dense"], language["sparse_60"]
     assert dense["exact_match"] == 100
@@ -144,15 +153,23 @@ def _by_hand(bundle: Artifact, reader: TokenReader) -> tuple[float, int]:
     return nll, count
 
 
-def test_the_same_key_gives_the_same_bytes_and_draws_are_seeded(chain: Chain) -> None:
-    drawn = CONFIG.model_copy(update={"loss_rows": 3, "examples": 3, "metrics": ("exact_match",)})
-    inputs = (chain.corpus, chain.tokens)
-    one, two = (chain.run(evaluate_text, drawn, *inputs, dense=chain.dense) for _ in range(2))
-    assert one.manifest["files"] == two.manifest["files"]
-    assert one.metrics == two.metrics
-    assert one.metrics["language"]["dense"]["rows"] == 3
-    other = chain.run(evaluate_text, drawn, *inputs, seed=1, dense=chain.dense)
-    assert other.table("losses")["row"].to_pylist() != one.table("losses")["row"].to_pylist()
+def test_the_same_key_gives_the_same_bytes(chain: Chain, evaluation: Artifact) -> None:
+    again = chain.evaluate()
+    assert again.manifest["files"] == evaluation.manifest["files"]
+    assert again.metrics == evaluation.metrics
+
+
+def test_examples_are_drawn_by_the_seed(chain: Chain) -> None:
+    drawn = {}
+    for seed in (0, 1):
+        few = CONFIG.model_copy(update={"loss_rows": 4, "metrics": (), "shown": 5})
+        inputs = (chain.corpus, chain.tokens)
+        made = chain.run(evaluate_text, few, *inputs, seed=seed, dense=chain.dense)
+        assert made.metrics["language"]["dense"]["rows"] == 4
+        drawn[seed] = (made.table("losses")["row"], made.table("answers")["id"])
+        assert len(drawn[seed][1]) == 5
+    assert drawn[0][0] != drawn[1][0]
+    assert drawn[0][1] != drawn[1][1]
 
 
 def test_speed_and_memory_are_those_of_a_process_of_its_own(chain: Chain) -> None:
@@ -212,9 +229,8 @@ def test_no_model_and_no_rows_are_said(chain: Chain) -> None:
         EvaluateTextConfig(metrics=("bleu", "bleu"))
 
 
-def test_a_published_bundle_says_what_was_measured(chain: Chain) -> None:
-    models = {"dense": chain.dense, "sparse_60": chain.sparse}
-    found = chain.run(evaluate_text, CONFIG, chain.corpus, chain.tokens, **models)
+def test_a_published_bundle_says_what_was_measured(chain: Chain, evaluation: Artifact) -> None:
+    found = evaluation
     config = PublishTextConfig(licence="CC0")
     made = chain.run(publish_text, config, chain.sparse, found)
     facts = read_description(made.path)

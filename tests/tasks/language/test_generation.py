@@ -98,7 +98,7 @@ def test_a_stream_is_the_whole_answer_in_pieces(
 
 def test_stop_strings_end_an_answer_and_are_cut_off(generators: dict[str, Generator]) -> None:
     for generator in generators.values():
-        chosen = GenerationSettings(max_new_tokens=60, temperature=1.0, seed=1)
+        chosen = GenerationSettings(max_new_tokens=36, temperature=1.0, seed=1)
         free = generator.generate(PROMPTS, chosen)
         for place, answer in enumerate(free):
             stop = next(letter for letter in answer.text[8:] if "!" < letter < "\x7f")
@@ -150,6 +150,25 @@ def test_the_context_ends_an_answer_and_refuses_a_prompt() -> None:
         generator.generate(["p" * 63], GenerationSettings())
     with pytest.raises(InputError, match="no room"):
         generator.stream("p" * 63, GenerationSettings())  # before a piece is asked for
+
+
+def test_a_prompt_may_be_given_as_tokens_of_the_vocabulary() -> None:
+    generator = Generator(tiny_bundle("llama"))
+    chosen = GenerationSettings(max_new_tokens=3)
+    assert generator.generate([generator.encode("ab")], chosen) == generator.generate(
+        ["ab"], chosen
+    )
+    for token in (-1, 260):
+        with pytest.raises(InputError, match=f"holds the token {token}; the vocabulary ends at"):
+            generator.generate([[1, token]], chosen)
+
+
+def test_what_a_models_folder_says_of_sampling_does_not_count() -> None:
+    generator = Generator(tiny_bundle("llama"))
+    chosen = GenerationSettings(max_new_tokens=6)
+    before = generator.generate(PROMPTS, chosen)
+    generator.model.generation_config.update(do_sample=True, temperature=9.0, num_beams=4)
+    assert generator.generate(PROMPTS, chosen) == before
 
 
 def test_a_cancelled_stream_stops_at_once() -> None:
