@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from goldcrest.cluster.api import InputError, StepError
 from goldcrest.cluster.artifact import Artifact, Output, describe_files
-from goldcrest.cluster.runtime import LocalRuntime
+from goldcrest.cluster.runtime import LocalRuntime, RayRuntime
 from goldcrest.kernels.language.architectures import own_state
 from goldcrest.kernels.language.stacks import block_linears
 from goldcrest.kernels.weight_only.checkpoint import from_checkpoint
@@ -407,3 +407,19 @@ def test_rows_are_cut_on_either_side() -> None:
     assert (len(short.prompt), len(short.answer)) == (4, 4)
     packed = TokenRow(np.zeros(0, np.int32), np.arange(9, dtype=np.int32), np.array([0, 4, 7]))
     assert cut(packed, 6, "causal").starts.tolist() == [0, 4]
+
+
+@pytest.mark.slow
+def test_trials_on_ray_give_the_same_bundle(
+    ray_cluster: None, run: Run, dense: Artifact, rows: Artifact
+) -> None:
+    """Two workers side by side, one thread each, and this process alone."""
+    cfg = {"methods": {"rtn": {}, "gptq": {}, "awq": {"steps": 3}}, "group_sizes": [64, 32],
+           "tolerance": 0.01}  # fmt: skip
+    remote = run(cfg, dense, rows, runtime=RayRuntime())
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert run(cfg, dense, rows).manifest["files"] == remote.manifest["files"]
+    finally:
+        torch.set_num_threads(threads)
