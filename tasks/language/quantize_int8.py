@@ -23,10 +23,10 @@ from goldcrest.tasks.language.bundle import (
     load_config,
     load_model,
     read_description,
-    tokenizer_folder,
     verified,
     write_bundle,
 )
+from goldcrest.tasks.language.tokenizer import load_tokenizer, tokenizer_folder
 from goldcrest.tasks.methods import SettingsOf, settings_of
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def quantize_int8(cfg: QuantizeInt8Config, model: Artifact, tokens: Artifact, ou
         config=config,
         tensors=tensors,
         tokenizer=tokenizer_folder(model),
-        generation=network.generation_config,
+        generation=getattr(network, "generation_config", None),  # models that only read have none
         packed=[name for name, each in tensors.items() if _packing_pays(each)],
         facts={
             "bits": 8,
@@ -108,7 +108,6 @@ def _batches(
     """A seeded sample of the training rows, cut to length, rows of alike lengths together."""
     from goldcrest.tasks.data.tokens import TokenReader
     from goldcrest.tasks.language import batches
-    from goldcrest.tasks.language.tokenizer import load_tokenizer
 
     reader = TokenReader(tokens.file("train.arrow"))
     if not len(reader):

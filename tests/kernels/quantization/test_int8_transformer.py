@@ -14,11 +14,13 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from goldcrest.kernels.language.architectures import settle
+from goldcrest.kernels.language.sequential import walk
 from goldcrest.kernels.language.stacks import LINEAR_TYPES, block_linears
 from goldcrest.kernels.quantization.int8_cache import Int8CacheLayer, cache_bytes
 from goldcrest.kernels.quantization.int8_linear import Int8Embedding, Int8Linear
 from goldcrest.kernels.quantization.int8_sensitivity import mean_loss
 from goldcrest.kernels.quantization.int8_transformer import Settings, install, quantize, state
+from goldcrest.kernels.quantization.transformer_inputs import masks_of, see_block
 from goldcrest.kernels.sparsity.hessian import weight_matrix
 from tests.kernels.language import tiny_models
 
@@ -177,12 +179,10 @@ def test_pruned_weights_stay_zero() -> None:
 def test_padding_changes_nothing(architecture: str) -> None:
     """What stands in padded places, and how many there are, must not reach any grid or weight."""
     given = tiny_models.batch(architecture, rows=2, seed=1)
-    if architecture == "t5":
-        given["labels"] = given["labels"].masked_fill(given["attention_mask"] == 0, -100)
-    more = {name: torch.nn.functional.pad(each, (0, 3)) for name, each in given.items()}
+    more = {name: each for name, each in given.items() if name == "labels"}  # of another length
+    for name in ("input_ids", "attention_mask"):
+        more[name] = torch.nn.functional.pad(given[name], (0, 3))
     more["input_ids"] = more["input_ids"].masked_fill(more["attention_mask"] == 0, 7)
-    if architecture == "t5":
-        more["labels"][:, -3:] = -100
     made = []
     for batch in (given, more):
         model = float_model(architecture)
@@ -302,3 +302,27 @@ def test_linear_layers_that_calibration_does_not_reach_stay_float() -> None:
     description = quantize(model, batches("bert", 1), Settings(smooth=False))
     assert "cls.seq_relationship.spare" not in description["linears"]
     assert isinstance(model.bert.pooler.dense, Int8Linear)
+
+
+def test_cross_attention_is_shown_the_encoders_tokens() -> None:
+    """Both sides are 9 long here: only where an input comes from tells which mask is its own."""
+    model = float_model("t5")
+    batch = tiny_models.batch("t5", rows=2)
+    batch["labels"][0, 4:] = -100
+    encoder, decoder = int(batch["attention_mask"].sum()), 4 + 9
+    shown: dict[str, int] = {}
+
+    def see(name: str, _: torch.nn.Module, x: Tensor) -> None:
+        shown[name] = len(x)
+
+    for step in walk(model, [batch]):
+        see_block(step, [masks_of(model, batch)], see)
+    assert shown["encoder.block.0.layer.0.SelfAttention.q"] == encoder
+    for name in (
+        "layer.0.SelfAttention.k",
+        "layer.1.EncDecAttention.q",
+        "layer.2.DenseReluDense.wi",
+    ):
+        assert shown[f"decoder.block.1.{name}"] == decoder
+    for name in ("k", "v"):
+        assert shown[f"decoder.block.1.layer.1.EncDecAttention.{name}"] == encoder
