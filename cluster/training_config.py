@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from goldcrest.cluster.markers import DoesNotChangeResult
 
@@ -73,3 +73,13 @@ class TrainingConfig(BaseModel):
     checkpoint_every: Annotated[int, DoesNotChangeResult] = Field(
         1, ge=1, description="epochs between checkpoints inside the step"
     )
+
+    @model_validator(mode="after")
+    def _one_way_to_count(self) -> Self:
+        if self.batch_units is None and self.micro_batch_units is not None:
+            raise ValueError("micro_batch_units divides batch_units, which is not set")
+        if self.batch_units is not None and self.micro_batch_size is not None:
+            raise ValueError(
+                "micro_batch_size divides batch_size, but batch_units is set: use micro_batch_units"
+            )
+        return self

@@ -165,7 +165,7 @@ class Sampler:
         if self._cut_batches is None:
             micro = self.config.micro_batch_size or math.ceil(self.config.batch_size / world)
             return math.ceil(len(batch) / (world * micro))
-        assert self._sizes is not None
+        assert self._sizes is not None and self.config.batch_units is not None
         limit = self.config.micro_batch_units or self.config.batch_units
         most, rounds = math.ceil(len(batch) / world), 1
         while rounds < most and _padded(self._sizes[batch], world * rounds) > limit:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -253,7 +253,10 @@ class SparseObjective(LanguageObjective):
         from goldcrest.kernels.distillation import feature_mse, logit_kd, squarehead
 
         features = self.distillation in ("squarehead", "feature_mse")
-        with recorded_outputs(model) if features else nullcontext([]) as outputs:
+        watch: AbstractContextManager[list[Tensor]] = nullcontext([])
+        if features:
+            watch = recorded_outputs(model)
+        with watch as outputs:
             logits, targets = self._predict(model, batch)
         found = {"cross_entropy": self.task_weight * cross_entropy(logits, targets)}
         if self.distillation == "none":

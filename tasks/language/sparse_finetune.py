@@ -156,7 +156,15 @@ class LevelsConfig(Config):
     def step(self, level: float) -> SparseTextConfig:
         """The settings of one level's step."""
         changes = self.changes.get(str(round(100 * level)), {})
-        merged = _merged(self.recipe.model_dump(), changes)
+        recipe = self.recipe.model_dump()
+        # Another method knows none of the settings that complete this one.
+        for choice, settings in (
+            ("method", "settings"),
+            ("distillation", "distillation_settings"),
+        ):
+            if changes.get(choice, recipe[choice]) != recipe[choice]:
+                recipe[settings] = {}
+        merged = _merged(recipe, changes)
         return SparseTextConfig(**{**merged, "sparsity": level})
 
 

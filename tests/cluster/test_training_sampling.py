@@ -179,6 +179,10 @@ def test_an_epoch_by_units_is_another_order_of_the_same_batches() -> None:
 
 
 def test_sizes_that_cannot_be_used_are_told() -> None:
+    with pytest.raises(ValueError, match="batch_units, which is not set"):
+        TrainingConfig(micro_batch_units=8)
+    with pytest.raises(ValueError, match="use micro_batch_units"):
+        TrainingConfig(batch_units=8, micro_batch_size=8)
     config = TrainingConfig(batch_units=60)
     with pytest.raises(InputError, match="have no sizes"):
         Sampler(config, toys.Toy(), seed=0)

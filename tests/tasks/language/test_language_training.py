@@ -343,6 +343,17 @@ def test_bad_levels_are_refused(values: dict[str, Any], told: str) -> None:
         LevelsConfig(**values)
 
 
+def test_a_level_may_change_its_method() -> None:
+    """Settings of the recipe's method are not handed to another one; single values are merged."""
+    changes = {"50": {"method": "wanda", "distillation": "none"}, "75": {"training": {"epochs": 7}}}
+    levels = LevelsConfig(recipe=sparse_config(), changes=changes)
+    one, two = (levels.step(level) for level in levels.levels)
+    assert one.method == "wanda" and one.settings == {"pattern": None}
+    assert two.training is not None and two.training.epochs == 7
+    assert two.training.learning_rate == FAST["learning_rate"]
+    assert two.settings["block"] == 16
+
+
 def test_a_fresh_model_must_be_trained() -> None:
     with pytest.raises(ValueError, match="the model is fresh"):
         PretrainConfig(training=None)
