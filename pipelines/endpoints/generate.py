@@ -190,7 +190,7 @@ class GenerateEndpoint(Endpoint):
         if name is None:
             return next(iter(served.values()))
         if name not in served:
-            known = f"the models here are: {', '.join(served)}"
+            known = f"there is no such model; those here are: {', '.join(served)}"
             raise refuse(404, "model_not_found", known, param="model")
         return served[name]
 
