@@ -122,7 +122,7 @@ def text_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TextClient
     profile = folder / "profile.yaml"
     profile.write_text("ray: {num_cpus: 2, object_store_memory: 100MB}")
     server = start_server(
-        folder, f"one={one}", f"two={two}", "--profile", str(profile), "-o", "cpus=0.5",
+        folder, f"one={one}", f"two={two}", "--demo", "--profile", str(profile), "-o", "cpus=0.5",
         "-o", "parallel=2", "-o", "max_context=100000", "-o", "max_tokens=90000",
         "-o", "max_body_bytes=300000", "-o", "body_seconds=3", token=TOKEN,
     )  # fmt: skip

@@ -15,17 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from fastapi import HTTPException
+from fastapi import APIRouter, HTTPException
+from fastapi.responses import Response
 from pydantic import Field
 
 from goldcrest.cluster.api import Config
 from goldcrest.cluster.errors import InputError
-from goldcrest.cluster.serving import ServingSettings
+from goldcrest.cluster.serving import ServingSettings, page
 
 if TYPE_CHECKING:
     from ray.serve import Application
 
 ID = r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$"  # of speakers and of models
+DEMO_PATHS = ("/demo", "/demo/page.js")
 MODELS = "models.json"  # in the state folder: which bundles are served
 _MODULES = {"speaker-embedding": "speaker", "language": "generate"}  # kind of bundle -> endpoint
 
@@ -129,3 +131,18 @@ def refuse(
     """An error for the caller; `retry` is seconds for `Retry-After`."""
     headers = {"Retry-After": str(retry)} if retry is not None else None
     return HTTPException(status, {"code": code, "message": message, **more}, headers)
+
+
+def demo_routes(path: Path) -> APIRouter:
+    """The page of `--demo`, and the script of the same name beside it."""
+    router = APIRouter(include_in_schema=False)
+
+    @router.get("/demo")
+    async def demo_page() -> Response:
+        return page(path.read_text("utf-8"), scripts=True)
+
+    @router.get("/demo/page.js")
+    async def demo_script() -> Response:
+        return Response(path.with_suffix(".js").read_text("utf-8"), media_type="text/javascript")
+
+    return router

@@ -21,6 +21,7 @@ import asyncio
 import logging
 import secrets
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
@@ -34,9 +35,11 @@ from goldcrest.cluster.serving import Endpoint, ingress, model_options
 from goldcrest.cluster.serving_events import DONE, EventStream, event
 from goldcrest.cluster.serving_gate import Scope, problem_body
 from goldcrest.pipelines.endpoints.bundles import (
+    DEMO_PATHS,
     BundleChoice,
     BundleSettings,
     ServedKind,
+    demo_routes,
     fingerprint,
     refuse,
 )
@@ -66,6 +69,7 @@ from goldcrest.pipelines.endpoints.generate_requests import (
 from goldcrest.tasks.language.generation import GenerationSettings
 
 _COMPLETION_TOKENS = 16  # the interface's default
+_DEMO = Path(__file__).with_name("generate_demo.html")
 _log = logging.getLogger("ray.serve")
 
 
@@ -103,6 +107,8 @@ class GenerateEndpoint(Endpoint):
     invalid_status = 400  # as OpenAI answers, whose clients make their own error of it
 
     def __init__(self, settings: GenerateSettings, models: DeploymentHandle) -> None:
+        if settings.demo:
+            self.open_paths = DEMO_PATHS  # the page asks for the token itself
         super().__init__(settings)
         self._settings = settings
         self._models = models
@@ -133,25 +139,27 @@ class GenerateEndpoint(Endpoint):
 
     def routes(self) -> APIRouter:
         """The operations, bound to this replica."""
-        router = APIRouter(prefix="/v1", tags=["generate"])
+        router = APIRouter(tags=["generate"])
         router.add_api_route(
-            "/completions",
+            "/v1/completions",
             self.completions,
             methods=["POST"],
             response_model=Completion,
             summary="Go on with a text",
         )
         router.add_api_route(
-            "/chat/completions",
+            "/v1/chat/completions",
             self.chat,
             methods=["POST"],
             response_model=ChatCompletion,
             summary="Answer in a conversation",
         )
-        router.add_api_route("/models", self.models, methods=["GET"], summary="What is served")
+        router.add_api_route("/v1/models", self.models, methods=["GET"], summary="What is served")
         router.add_api_route(
-            "/models/{model}", self.model, methods=["GET"], summary="One of these models"
+            "/v1/models/{model}", self.model, methods=["GET"], summary="One of these models"
         )
+        if self._settings.demo:
+            router.include_router(demo_routes(_DEMO))
         return router
 
     # ------------------------------------------------------------------------------ operations
@@ -182,7 +190,7 @@ class GenerateEndpoint(Endpoint):
         if name is None:
             return next(iter(served.values()))
         if name not in served:
-            known = f"the models here are: {', '.join(served)}"
+            known = f"there is no such model; those here are: {', '.join(served)}"
             raise refuse(404, "model_not_found", known, param="model")
         return served[name]
 

@@ -25,18 +25,19 @@ from typing import Annotated, Any
 import numpy as np
 from fastapi import APIRouter, File, Form, HTTPException, UploadFile
 from fastapi import Path as PathParameter
-from fastapi.responses import Response
 from pydantic import BaseModel, Field
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from goldcrest.cluster.serving import Endpoint, ingress, model_options, page
+from goldcrest.cluster.serving import Endpoint, ingress, model_options
 from goldcrest.pipelines.endpoints.bundles import (
+    DEMO_PATHS,
     ID,
     BundleSettings,
     ServedKind,
+    demo_routes,
     fingerprint,
     refuse,
 )
@@ -148,7 +149,7 @@ class SpeakerEndpoint(Endpoint):
 
     def __init__(self, settings: SpeakerSettings, models: DeploymentHandle) -> None:
         if settings.demo:
-            self.open_paths = ("/demo", "/demo/page.js")  # the page asks for the token itself
+            self.open_paths = DEMO_PATHS  # the page asks for the token itself
         super().__init__(settings)
         self._settings = settings
         self._models = models
@@ -209,8 +210,7 @@ class SpeakerEndpoint(Endpoint):
         add("/speakers/{speaker}", self.remove, methods=["DELETE"], summary="Forget a speaker")
         add("/models", self.models, methods=["GET"], summary="What is served, and how it decides")
         if self._settings.demo:
-            add("/demo", demo_page, methods=["GET"], include_in_schema=False)
-            add("/demo/page.js", demo_script, methods=["GET"], include_in_schema=False)
+            router.include_router(demo_routes(_DEMO))
         return router
 
     # ------------------------------------------------------------------------------ operations
@@ -379,16 +379,6 @@ class SpeakerEndpoint(Endpoint):
 def unknown(speaker: str) -> HTTPException:
     """The error for a speaker that nobody enrolled."""
     return refuse(404, "unknown_speaker", f"no speaker '{speaker}' is enrolled")
-
-
-async def demo_page() -> Response:
-    """The page of `--demo`."""
-    return page(_DEMO.read_text("utf-8"), scripts=True)
-
-
-async def demo_script() -> Response:
-    """The script of that page."""
-    return Response(_DEMO.with_suffix(".js").read_text("utf-8"), media_type="text/javascript")
 
 
 # ---------------------------------------------------------------------------------- deployment

@@ -8,6 +8,7 @@ import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ import requests
 from goldcrest.pipelines.endpoints.generate_prompts import play
 from goldcrest.tasks.language.bundle import load_bundle
 from goldcrest.tasks.language.generation import GenerationSettings, Generator
-from tests.pipelines.text_server import TextClient, make_text_bundle
+from tests.pipelines.speaker_server import start_server
+from tests.pipelines.text_server import TOKEN, TextClient, make_text_bundle
 
 ENDLESS = {"prompt": "Hello", "max_tokens": 90_000}
 TURNS = [{"role": "user", "content": "Who sings?"}]
@@ -319,3 +321,30 @@ def test_a_bundle_that_was_replaced_is_taken_into_service(text_server: TextClien
         while text_server.get("/v1/models/two").json()["fingerprint"] != before:
             assert time.monotonic() < limit
             time.sleep(0.2)
+
+
+# ---------------------------------------------------------------------------------- long form
+
+
+@pytest.mark.slow
+def test_clocks_end_answers_and_the_model_with_them(tmp_path: Path) -> None:
+    """One place, three seconds: an endless stream is told why it ends, an endless answer is 504."""
+    bundle = make_text_bundle(tmp_path / "one")
+    profile = tmp_path / "profile.yaml"
+    profile.write_text("ray: {num_cpus: 2, object_store_memory: 100MB}")
+    server = start_server(
+        tmp_path, str(bundle), "--profile", str(profile), "-o", "parallel=1",
+        "-o", "max_context=100000", "-o", "max_tokens=90000",
+        "-o", "answer_seconds=3", "-o", "request_seconds=3", token=TOKEN,
+    )  # fmt: skip
+    client = TextClient(server)
+    try:
+        with client.opened(**ENDLESS) as lines:
+            *_, last = lines
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "timeout"
+        assert len(client.text("Hello", max_tokens=3)) == 3
+        answer = client.post("completions", **ENDLESS)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
+        assert len(client.text("Hello", max_tokens=3)) == 3
+    finally:
+        assert server.stop() == 0
