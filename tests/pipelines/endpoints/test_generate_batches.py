@@ -9,11 +9,12 @@ from contextlib import aclosing
 from typing import Any
 
 import pytest
+import torch
 
 from goldcrest.pipelines.endpoints.generate_batches import Batches
 from goldcrest.tasks.language.bundle import LanguageModel
 from goldcrest.tasks.language.generation import GenerationSettings, Generator
-from tests.tasks.language.writing_models import tiny_bundle
+from tests.tasks.language.writing_models import SPECIAL, tiny_bundle
 
 SHORT = GenerationSettings(max_new_tokens=6)
 ENDLESS = GenerationSettings(max_new_tokens=90_000)
@@ -42,9 +43,12 @@ class Watched(Generator):
 
 @pytest.fixture(scope="module")
 def model() -> LanguageModel:
-    """A tiny Llama that writes and writes: no token ends its text."""
+    """A tiny Llama that writes letters and never a token that would end its text."""
     bundle = tiny_bundle("llama", max_position_embeddings=100_000)
-    bundle.model.generation_config.eos_token_id = []
+    with torch.no_grad():
+        bundle.model.lm_head.weight[: len(SPECIAL)] = 0
+    long = GenerationSettings(max_new_tokens=200)
+    assert Generator(bundle).generate(["The"], long)[0].finish_reason == "length"
     return bundle
 
 
@@ -224,7 +228,7 @@ def test_a_stream_stops_when_its_reader_leaves(generator: Watched) -> None:
 
     async def test() -> None:
         async with aclosing(batches.pieces(generator, prompt, ENDLESS)) as pieces:
-            assert await anext(pieces)
+            assert (await anext(pieces))[-1].finish_reason is None
         # The place is free again, so the thread has ended.
         assert len((await batches.answer("m", generator, prompt, SHORT)).tokens) == 6
 
