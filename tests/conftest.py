@@ -38,17 +38,21 @@ _OFFLINE = {
 os.environ.update(_OFFLINE)  # before any test module imports torch, ray or transformers
 
 
+_COSTLY = {"job_cluster", "small_run", "speaker_server", "text_server"}
+"""Fixtures that take many seconds to make."""
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Count what the scenarios of docs/reliability.md tried."""
     config.pluginmanager.register(Tally())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's tests stay in one process, and so do all tests of the small run: fixtures are made
+    """A file's tests stay in one process, and so do all that share a costly fixture: each is made
     once, however many processes share the work (`-n 2 --dist loadgroup`)."""
     for item in items:
-        shared = "small_run" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("small_run" if shared else str(item.path)))
+        shared = sorted(_COSTLY & set(getattr(item, "fixturenames", ())))
+        item.add_marker(pytest.mark.xdist_group(shared[0] if shared else str(item.path)))
 
 
 @pytest.fixture(autouse=True, scope="session")

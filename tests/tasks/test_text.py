@@ -170,6 +170,7 @@ def test_parquet_text_that_is_not_utf8(tmp_path: Path) -> None:
         ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 500)[:-30]),
         ("a.parquet", b"PAR1 but nothing else"),
     ],
+    ids=["not gzip", "cut gzip", "cut parquet"],
 )
 def test_a_damaged_file_is_an_error_that_names_it(tmp_path: Path, name: str, data: bytes) -> None:
     (tmp_path / name).write_bytes(data)
