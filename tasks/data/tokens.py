@@ -9,7 +9,7 @@ that it asks for: a corpus need not fit into memory, and every process on a node
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
@@ -46,6 +46,13 @@ class TokenRow:
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.answer)
+
+
+def cut(row: TokenRow, length: int, family: str) -> TokenRow:
+    """The first `length` tokens of a row; of an encoder-decoder's, on either side."""
+    prompt = row.prompt[:length]
+    answer = row.answer[: length if family == "seq2seq" else length - len(prompt)]
+    return replace(row, prompt=prompt, answer=answer, starts=row.starts[row.starts < len(answer)])
 
 
 class TokenWriter:

@@ -96,38 +96,6 @@ def token_mask(batch: Mapping[str, Tensor]) -> Tensor:
     return mask[:, 0].diagonal(dim1=1, dim2=2) == 0  # padding does not see itself
 
 
-def token_batches(
-    lengths: np.ndarray, budget: int, rng: np.random.Generator, *, pool: int = 64
-) -> list[np.ndarray]:
-    """Indices of rows in batches of about equal numbers of tokens, padding included.
-
-    A batch of n rows, the longest of L tokens, costs n * L, and that is at most `budget`; a row
-    that is longer is a batch of its own. Rows are shuffled, sorted by length within pools of about
-    `pool` batches (the fewer, the more random, the more padding), cut, and the batches shuffled:
-    one epoch, a function of `lengths`, `budget` and the generator's state.
-    """
-    if budget < 1 or pool < 1:
-        raise ValueError(f"a budget of {budget} tokens and a pool of {pool} batches: at least 1")
-    order = rng.permutation(len(lengths))
-    mean = max(float(np.mean(lengths)), 1.0) if len(lengths) else 1.0
-    step = max(1, int(pool * budget / mean))
-    batches: list[np.ndarray] = []
-    for first in range(0, len(order), step):
-        inside = order[first : first + step]
-        batches.extend(_cut(inside[np.argsort(lengths[inside], kind="stable")], lengths, budget))
-    return [batches[place] for place in rng.permutation(len(batches))]
-
-
-def _cut(rows: np.ndarray, lengths: np.ndarray, budget: int) -> list[np.ndarray]:
-    """Rows in order of growing length, as batches within the budget."""
-    batches, first = [], 0
-    for place in range(1, len(rows) + 1):
-        if place == len(rows) or (place + 1 - first) * lengths[rows[place]] > budget:
-            batches.append(rows[first:place])
-            first = place
-    return batches
-
-
 def _tokens(rows: Sequence[TokenRow], pad: int) -> Batch:
     return {
         "input_ids": _filled(rows, lambda row: np.concatenate([row.prompt, row.answer]), pad),

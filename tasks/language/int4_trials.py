@@ -12,13 +12,13 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from goldcrest.tasks.data.tokens import TokenReader, TokenRow
+from goldcrest.tasks.data.tokens import TokenReader, TokenRow, cut
 from goldcrest.tasks.language.bundle import load_model, read_description
 
 if TYPE_CHECKING:
@@ -98,13 +98,6 @@ class Material:
             assert self.mask is not None
             made = batches.masked_batch(rows, self.pad, self.mask, rng)
         return {name: value.to(self.device) for name, value in made.items()}
-
-
-def cut(row: TokenRow, length: int, family: str) -> TokenRow:
-    """The first `length` tokens of a row; of an encoder-decoder's, on either side."""
-    prompt = row.prompt[:length]
-    answer = row.answer[: length if family == "seq2seq" else length - len(prompt)]
-    return replace(row, prompt=prompt, answer=answer, starts=row.starts[row.starts < len(answer)])
 
 
 def baseline(metric: Metric, *, material: Material) -> dict[str, float]:

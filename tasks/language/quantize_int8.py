@@ -12,7 +12,6 @@ every operation with the score that decides what is skipped, and its figure.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
-    from goldcrest.tasks.data.tokens import TokenRow
 
 _KERNEL = "goldcrest.kernels.quantization.int8_transformer"
 PACKING_PAYS = 0.2  # share of zeros above which a bitmask (1/8 byte a weight) saves bytes
@@ -106,7 +104,7 @@ def _batches(
     cfg: QuantizeInt8Config, family: str, model: Artifact, tokens: Artifact, seed: int
 ) -> list[dict[str, Tensor]]:
     """A seeded sample of the training rows, cut to length, rows of alike lengths together."""
-    from goldcrest.tasks.data.tokens import TokenReader
+    from goldcrest.tasks.data.tokens import TokenReader, cut
     from goldcrest.tasks.language import batches
 
     reader = TokenReader(tokens.file("train.arrow"))
@@ -115,7 +113,7 @@ def _batches(
     rng = np.random.default_rng([seed, 8])
     chosen = rng.permutation(len(reader))[: cfg.calibration]
     chosen = chosen[np.argsort(reader.lengths[chosen], kind="stable")]
-    rows = [_cut(reader[int(row)], cfg.calibration_length, family) for row in chosen]
+    rows = [cut(reader[int(row)], cfg.calibration_length, family) for row in chosen]
     tokenizer = load_tokenizer(tokenizer_folder(model))
     pad = tokenizer.pad_token_id or 0
 
@@ -130,14 +128,6 @@ def _batches(
 
     size = cfg.rows_per_batch
     return [collate(rows[start : start + size]) for start in range(0, len(rows), size)]
-
-
-def _cut(row: TokenRow, length: int, family: str) -> TokenRow:
-    """The first `length` tokens of a row; of each side, where prompt and answer are two inputs."""
-    prompt = row.prompt[:length]
-    left = length if family == "seq2seq" else length - len(prompt)
-    answer = row.answer[:left]
-    return replace(row, prompt=prompt, answer=answer, starts=row.starts[row.starts < len(answer)])
 
 
 def _loss(network: Any, given: list[dict[str, Tensor]]) -> float:

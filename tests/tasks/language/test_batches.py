@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from goldcrest.tasks.data.tokens import TokenRow
 from goldcrest.tasks.language.batches import (
@@ -16,7 +14,6 @@ from goldcrest.tasks.language.batches import (
     causal_batch,
     masked_batch,
     seq2seq_batch,
-    token_batches,
     token_mask,
 )
 from tests.kernels.language import tiny_models
@@ -168,31 +165,3 @@ def test_a_short_row_has_something_to_predict() -> None:
     for seed in range(20):
         batch = masked_batch([packed_row(np.array([5, 6]))], PAD, 3, np.random.default_rng(seed))
         assert (batch["labels"] != NO_LOSS).any()
-
-
-@given(
-    st.lists(st.integers(1, 50), max_size=120), st.integers(1, 200), st.integers(0, 3),
-    st.integers(1, 5),
-)  # fmt: skip
-@settings(max_examples=100, deadline=None)
-def test_batches_by_tokens_hold_every_row_once_and_keep_the_budget(
-    lengths: list[int], budget: int, seed: int, pool: int
-) -> None:
-    sizes = np.array(lengths, np.int64)
-    batches = token_batches(sizes, budget, np.random.default_rng(seed), pool=pool)
-    assert sorted(int(row) for batch in batches for row in batch) == list(range(len(sizes)))
-    for batch in batches:
-        assert len(batch) == 1 or len(batch) * sizes[batch].max() <= budget
-    again = token_batches(sizes, budget, np.random.default_rng(seed), pool=pool)
-    assert all(np.array_equal(a, b) for a, b in zip(batches, again, strict=True))
-
-
-def test_batches_by_tokens_waste_little_and_differ_by_seed() -> None:
-    sizes = np.random.default_rng(0).integers(5, 200, 4000)
-    batches = token_batches(sizes, 4096, np.random.default_rng(0))
-    cost = sum(len(batch) * int(sizes[batch].max()) for batch in batches)
-    assert sizes.sum() / cost > 0.97
-    other = token_batches(sizes, 4096, np.random.default_rng(1))
-    assert not np.array_equal(batches[0], other[0])
-    with pytest.raises(ValueError, match="at least 1"):
-        token_batches(sizes, 0, np.random.default_rng(0))

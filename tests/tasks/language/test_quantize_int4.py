@@ -22,9 +22,9 @@ from goldcrest.kernels.language.stacks import block_linears
 from goldcrest.kernels.weight_only.checkpoint import from_checkpoint
 from goldcrest.kernels.weight_only.linear import WeightOnlyLinear
 from goldcrest.kernels.weight_only.transformer import quantized_layers
-from goldcrest.tasks.data.tokens import TokenRow, TokenWriter
+from goldcrest.tasks.data.tokens import TokenRow, TokenWriter, cut
 from goldcrest.tasks.language.bundle import load_bundle, load_model, write_bundle
-from goldcrest.tasks.language.int4_trials import Material, cut, measure
+from goldcrest.tasks.language.int4_trials import Material, measure
 from goldcrest.tasks.language.quantize_int4 import Int4Config, quantize_int4
 from tests.kernels.language import tiny_models
 
