@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -39,6 +39,12 @@ from goldcrest.cluster.training_deepspeed import (
     start_engine,
 )
 from goldcrest.cluster.training_meter import Meter, peak_memory_bytes, units_in
+from goldcrest.cluster.training_objective import (
+    ObjectiveModule,
+    aliases,
+    moved,
+    objective_groups,
+)
 from goldcrest.cluster.training_sampling import (
     Sampler,
     accumulation_steps,
@@ -95,39 +101,6 @@ class Reporter(Protocol):
         ...
 
 
-class ObjectiveModule(torch.nn.Module):
-    """Model and objective as one module, so that every forward pass is the engine's forward."""
-
-    def __init__(self, model: torch.nn.Module, objective: Objective) -> None:
-        super().__init__()
-        self.model = model
-        self._objective = (objective,)  # in a tuple: an objective may be a module, not a part of us
-        self.loss_names: list[str] = []
-
-    def forward(
-        self, batch: dict[str, torch.Tensor], epoch: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sum of the losses, and each loss detached, shape (number of losses,)."""
-        losses = self._objective[0].losses(self.model, batch, epoch=epoch)
-        for name, value in losses.items():
-            if value.ndim != 0:
-                raise StepError(f"loss '{name}' has shape {tuple(value.shape)}; losses are scalars")
-        names = list(losses)
-        if self.loss_names and names != self.loss_names:
-            raise StepError(f"the losses changed from {self.loss_names} to {names}")
-        self.loss_names = names
-        values = torch.stack([value.float() for value in losses.values()])
-        return values.sum(), values.detach()
-
-
-def _move(batch: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype) -> dict:
-    """The batch on the device, its floating tensors in the compute precision."""
-    return {
-        name: value.to(device, dtype if value.is_floating_point() else None)
-        for name, value in batch.items()
-    }
-
-
 @contextlib.contextmanager
 def _frozen_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Inside, the optimizer's step does nothing: DeepSpeed's bookkeeping runs, no weight moves."""
@@ -136,27 +109,6 @@ def _frozen_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         yield
     finally:
         del optimizer.step
-
-
-def _objective_groups(objective: Objective, model: torch.nn.Module) -> list[dict[str, Any]]:
-    """The objective's optimizer groups, checked: trainable parameters of the model only."""
-    groups = [dict(group) for group in objective.parameter_groups(model)]
-    known = {id(parameter) for parameter in model.parameters()}
-    grouped = set()
-    for group in groups:
-        group["params"] = [p for p in group["params"] if p.requires_grad]
-        grouped |= {id(parameter) for parameter in group["params"]}
-    if not grouped <= known:
-        raise StepError(
-            "parameter_groups() returned a parameter that is not in the model",
-            hint="make it a part of what build_model() returns",
-        )
-    if not grouped:
-        raise StepError("parameter_groups() returned no trainable parameter")
-    # An engine would hold state for a trainable parameter that no optimizer moves.
-    for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in grouped)
-    return [group for group in groups if group["params"]]
 
 
 class Trainer:
@@ -180,8 +132,8 @@ class Trainer:
         self.dtype = DTYPES[config.precision]
         seed_model(seed)
         self.model = objective.build_model()
-        self.groups = _objective_groups(objective, self.model)
-        self.aliases = _aliases(self.model)
+        self.groups = objective_groups(objective, self.model)
+        self.aliases = aliases(self.model)
         self.shapes = {
             n: list(p.shape) for n, p in self.model.named_parameters() if p.requires_grad
         }
@@ -329,7 +281,7 @@ class Trainer:
             drawn = self.objective.batch(chunk.indices, rng)
             if chunk.weight:
                 units = [a + b for a, b in zip(units, units_in(drawn), strict=True)]
-            inputs = _move(drawn, self.place.device, self.dtype)
+            inputs = moved(drawn, self.place.device, self.dtype)
             self.engine.set_gradient_accumulation_boundary(place == len(chunks) - 1)
             total, each = self.engine(inputs, self.epoch)
             # A new tensor even at weight 1: on the forward's own output DeepSpeed 0.19 divides the
@@ -480,10 +432,3 @@ class Trainer:
         held = torch.tensor([value], dtype=torch.float64, device=self.place.device)
         dist.all_reduce(held, op=dist.ReduceOp.MAX)
         return float(held)
-
-
-def _aliases(model: torch.nn.Module) -> dict[str, str]:
-    """Second names of shared parameters -> the name under which they are saved."""
-    first = {id(p): name for name, p in model.named_parameters()}
-    every = model.named_parameters(remove_duplicate=False)
-    return {name: first[id(p)] for name, p in every if first[id(p)] != name}

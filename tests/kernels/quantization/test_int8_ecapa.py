@@ -10,12 +10,11 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from goldcrest.kernels.quantization.ecapa_calibration import observe, smooth_ecapa
 from goldcrest.kernels.quantization.int8_ecapa import Int8Ecapa
 from goldcrest.kernels.quantization.integer_conv import IntegerConv, QuantizingConv
 from goldcrest.kernels.quantization.quantize_ecapa import (
     Settings,
-    _smooth,
-    observe,
     quantize_ecapa,
     skippable,
 )
@@ -189,7 +188,7 @@ def test_smoothing_the_network_leaves_its_function() -> None:
     with torch.no_grad():
         before = model(features, lengths)
         gain = model.enter.norm.weight.clone()
-        _smooth(model, observe(model, batches(), Settings(), hessians=False), Settings())
+        smooth_ecapa(model, observe(model, batches(), Settings(), hessians=False), Settings())
         after = model(features, lengths)
     assert relative_error(after, before) < 1e-4
     assert not torch.allclose(gain, model.enter.norm.weight)
