@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,8 +39,11 @@ _OFFLINE = {
 os.environ.update(_OFFLINE)  # before any test module imports torch, ray or transformers
 
 
-_COSTLY = {"job_cluster", "small_run", "speaker_server", "text_server"}
-"""Fixtures that take many seconds to make."""
+_COSTLY = ("job_cluster", "small_run", "speaker_server", "text_server")
+"""Fixtures that take many seconds to make: tests that share one follow each other."""
+_OPEN: dict[str, ExitStack] = {}
+"""What is to be ended with the last test that uses a fixture, not with the session: a server that
+nobody calls any more still takes its share of two cores."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -50,9 +54,31 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A file's tests stay in one process, and so do all that share a costly fixture: each is made
     once, however many processes share the work (`-n 2 --dist loadgroup`)."""
+    first: dict[str, int] = {}
+    groups: dict[pytest.Item, str] = {}
     for item in items:
-        shared = sorted(_COSTLY & set(getattr(item, "fixturenames", ())))
-        item.add_marker(pytest.mark.xdist_group(shared[0] if shared else str(item.path)))
+        shared = [name for name in _COSTLY if name in getattr(item, "fixturenames", ())]
+        groups[item] = group = shared[0] if shared else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+        first.setdefault(group, len(first))
+    items.sort(key=lambda item: first[groups[item]])
+
+
+@pytest.hookimpl(trylast=True)  # after the test's own fixtures
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """End what no later test uses."""
+    for name in [name for name in _OPEN if name in getattr(item, "fixturenames", ())]:
+        if nextitem is None or name not in getattr(nextitem, "fixturenames", ()):
+            _OPEN.pop(name).close()
+
+
+@contextmanager
+def _open(name: str) -> Iterator[ExitStack]:
+    """A stack that is closed with the last test that uses the fixture `name`."""
+    _OPEN[name] = ExitStack()
+    yield _OPEN[name]
+    if name in _OPEN:
+        _OPEN.pop(name).close()
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -106,9 +132,9 @@ def speaker_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]
         "-o", "max_requests=16", "-o", "max_seconds=10", "--replicas", "2", "-o", "cpus=0.5",
         token="a-token-of-the-tests-3f9c1b",
     )  # fmt: skip
-    yield server
-    if server.process.poll() is None:
-        server.stop()
+    with _open("speaker_server") as stack:
+        stack.callback(_stop, server)
+        yield server
 
 
 @pytest.fixture(scope="session")
@@ -130,7 +156,13 @@ def text_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TextClient
         "-o", "parallel=2", "-o", "max_context=100000", "-o", "max_tokens=90000",
         "-o", "max_body_bytes=300000", "-o", "body_seconds=3", token=TOKEN,
     )  # fmt: skip
-    yield TextClient(server)
+    with _open("text_server") as stack:
+        stack.callback(_stop, server)
+        yield TextClient(server)
+
+
+def _stop(server: Server) -> None:
+    """Stop a server that a test has not stopped already."""
     if server.process.poll() is None:
         server.stop()
 
@@ -153,8 +185,8 @@ def small_run(_private_cache: None, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(scope="session")
 def job_cluster() -> Iterator[DashboardCluster]:
     """A Ray with a dashboard, in a process of its own: what jobs are submitted to."""
-    with dashboard_cluster() as cluster:
-        yield cluster
+    with _open("job_cluster") as stack:
+        yield stack.enter_context(dashboard_cluster())
 
 
 @pytest.fixture
