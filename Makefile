@@ -30,7 +30,8 @@ check: $(STAMP) ## format, lint, types, import floors
 	$(BIN)/lint-imports
 
 test: check ## all checks and tests (fast forms)
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile tests/kernels tests/tasks
+	$(BIN)/python -m pytest -m "not slow" --ignore=tests/kernels --ignore=tests/tasks
 
 test-all: check ## everything, long forms too
 	$(BIN)/python -m pytest

@@ -51,16 +51,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Tally())
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's tests stay in one process, and so do all that share a costly fixture: each is made
-    once, however many processes share the work (`-n 2 --dist loadgroup`)."""
+    """Tests that share a costly fixture follow each other."""
     first: dict[str, int] = {}
     groups: dict[pytest.Item, str] = {}
     for item in items:
         shared = [name for name in _COSTLY if name in getattr(item, "fixturenames", ())]
         groups[item] = group = shared[0] if shared else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
         first.setdefault(group, len(first))
     items.sort(key=lambda item: first[groups[item]])
 

@@ -47,8 +47,9 @@ def check(runs: list[dict[str, Any]], seeds: list[int]) -> None:
 @pytest.mark.scenario("a node is killed at a random second of a run")
 @pytest.mark.parametrize(
     "seeds",
-    [[1], pytest.param(list(range(2, 12)), marks=[pytest.mark.slow, pytest.mark.timeout(2400)])],
+    [[1], pytest.param(list(range(2, 12)), marks=pytest.mark.timeout(2400))],
 )
+@pytest.mark.slow  # two minutes of two cores; a lost worker and a lost driver are in the short form
 def test_a_node_killed_at_a_random_second(
     tmp_path: Path, seeds: list[int], record_property: Any
 ) -> None:

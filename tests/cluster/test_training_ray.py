@@ -65,6 +65,7 @@ def test_one_worker_gives_the_bytes_of_this_process(
     assert again.history == there.history  # finished: nothing was started
 
 
+@pytest.mark.slow
 def test_an_error_of_the_objective_is_not_repeated_and_another_worker_count_goes_on(
     ray_cluster: None, toys: ModuleType, tmp_path: Path
 ) -> None:

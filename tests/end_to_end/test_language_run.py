@@ -10,6 +10,9 @@ import pytest
 
 from tests.end_to_end.command_line import goldcrest
 
+pytestmark = (
+    pytest.mark.slow
+)  # `make test` has a limit of time; its steps are in tests/tasks/language
 SMALL = """
 corpus: {embedded: {meanings: 60}}
 tokenizer: {vocab_size: 300}
@@ -33,7 +36,7 @@ evaluate:
   examples: 6
   generation: {max_new_tokens: 24}
   bootstrap: 20
-  speed: {prompt_tokens: 16, new_tokens: 4, repeats: 1}
+  speed: {prompt_tokens: 16, new_tokens: 2, repeats: 1}
 """
 COMMAND = ("run", "language", "--config", "small.yaml", "--store", "store", "--no-tracking")
 MODELS = {"dense", "sparse_75", "int8", "int4"}
