@@ -83,6 +83,22 @@ class Config(api.Config):
         return self
 
     @model_validator(mode="after")
+    def _a_model_keeps_its_tokenizer(self) -> Self:
+        source = self.pretrain.model.source
+        if (
+            source is not None
+            and self.pretrain.training is None
+            and self.tokenizer.method != "load"
+        ):
+            kind = "path" if self.pretrain.model.path is not None else "hub"
+            raise ValueError(
+                f"tokenizer.method is {self.tokenizer.method}, but the model {source} is taken as "
+                "it is: it reads only the tokens of its own tokenizer; set tokenizer to "
+                f"{{method: load, {kind}: {source}}}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _quantized_models_exist(self) -> Self:
         levels = () if self.sparse is None else self.sparse.levels
         known = ["dense", *(level_name(level) for level in levels)]

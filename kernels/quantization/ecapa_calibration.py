@@ -162,8 +162,10 @@ def smooth_ecapa(model: EcapaTdnn, seen: dict[str, Seen], settings: Settings) ->
 
 
 def blocks(model: EcapaTdnn) -> list[SERes2Block]:
+    """The SE-Res2 blocks of the network, first to last."""
     return [block for block in model.layers if isinstance(block, SERes2Block)]
 
 
 def groups(block: SERes2Block) -> list[ConvReluNorm]:
+    """The convolutions of a block's Res2 part, in the order of its chunks of channels."""
     return [group for group in block.res2.groups if isinstance(group, ConvReluNorm)]

@@ -15,15 +15,14 @@ put in place before anything is loaded, so no float copy of the weights is ever 
 from __future__ import annotations
 
 import importlib
-import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from goldcrest.cluster.api import Artifact, InputError, Output
+from goldcrest.tasks import bundles
 from goldcrest.tasks.language.tokenizer import load_tokenizer, tokenizer_folder
 
 if TYPE_CHECKING:
@@ -138,46 +137,33 @@ def bundle_bytes(folder: Path) -> int:
 
 def read_description(folder: Path | str) -> dict[str, Any]:
     """The checked bundle.json of a folder; InputError names what is wrong."""
-    path = Path(folder) / "bundle.json"
-    description = _read_json(path)
-    if not isinstance(description, dict) or description.get("kind") != KIND:
-        raise InputError(f"{path} does not describe a bundle of kind '{KIND}'")
-    if description.get("schema") != SCHEMA:
+    return bundles.read_description(Path(folder), kind=KIND, schema=SCHEMA)
+
+
+def float_text_bundle(bundle: Artifact) -> tuple[Path, dict[str, Any]]:
+    """Folder and description of what a quantizer takes: float weights, and tokens as input.
+
+    Raises InputError for a bundle that is quantized already, and for a speech model: the rows that
+    a quantizer calibrates on are text.
+    """
+    folder = verified(bundle)
+    description = read_description(folder)
+    if description.get("quantization") is not None:
+        raise InputError(f"the bundle '{description['name']}' is quantized already")
+    if description["family"] == "speech":
         raise InputError(
-            f"{path} has schema {description.get('schema')}, this version reads {SCHEMA}"
+            "quantizers calibrate on rows of tokens, and a speech model reads audio",
+            hint="quantize a causal, seq2seq or masked model",
         )
-    return description
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} can't be read: {error}") from error
+    return folder, description
 
 
 def load_config(folder: Path | str) -> PreTrainedConfig:
     """The model configuration of a bundle; no code that it may name is looked at."""
     from goldcrest.kernels.language.architectures import parse_config
 
-    with _told_as_input(Path(folder)):
-        return parse_config(_read_json(Path(folder) / "config.json"))
-
-
-def load_state(folder: Path | str) -> dict[str, Tensor]:
-    """The bundle's tensors, bitmask-packed ones unpacked."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    from goldcrest.kernels.sparsity.packing import unpack_state
-
-    path = Path(folder) / "model.safetensors"
-    packed = read_description(folder).get("packed")
-    try:
-        state = load_file(path)
-        return unpack_state(state) if packed else state
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{path} can't be read: {error}") from error
+    with bundles.told_as_input(Path(folder)):
+        return parse_config(bundles.read_json(Path(folder) / "config.json"))
 
 
 def load_model(folder: Path | str) -> PreTrainedModel:
@@ -187,10 +173,10 @@ def load_model(folder: Path | str) -> PreTrainedModel:
     folder = Path(folder)
     facts = read_description(folder)
     model = load_bare(folder)
-    with _told_as_input(folder):
+    with bundles.told_as_input(folder):
         if facts.get("quantization") is not None:
             _install(model, facts["quantization"])
-        found = model.load_state_dict(load_state(folder), strict=False, assign=True)
+        found = model.load_state_dict(bundles.load_state(folder), strict=False, assign=True)
         if found.unexpected_keys:
             raise ValueError(f"it holds the unknown weight {found.unexpected_keys[0]}")
         settle(model)
@@ -205,7 +191,7 @@ def load_bare(folder: Path | str) -> PreTrainedModel:
     from goldcrest.kernels.language.architectures import bare_model
 
     folder = Path(folder)
-    with _told_as_input(folder):
+    with bundles.told_as_input(folder):
         model = bare_model(load_config(folder), read_description(folder)["family"])
         if model.can_generate():
             model.generation_config = _load_generation(folder)
@@ -215,7 +201,7 @@ def load_bare(folder: Path | str) -> PreTrainedModel:
 def _load_generation(folder: Path) -> GenerationConfig:
     from transformers import GenerationConfig
 
-    return GenerationConfig.from_dict(_read_json(folder / "generation_config.json"))
+    return GenerationConfig.from_dict(bundles.read_json(folder / "generation_config.json"))
 
 
 def _install(model: PreTrainedModel, quantization: Mapping[str, Any]) -> None:
@@ -231,20 +217,6 @@ def load_bundle(folder: Path | str) -> LanguageModel:
     folder = Path(folder)
     facts = read_description(folder)
     return LanguageModel(facts, load_model(folder), load_tokenizer(folder / "tokenizer"))
-
-
-@contextmanager
-def _told_as_input(folder: Path) -> Iterator[None]:
-    """What a damaged or foreign bundle raises inside, as an InputError that names it."""
-    try:
-        yield
-    except InputError:
-        raise
-    except KeyError as error:
-        raise InputError(f"the bundle {folder} lacks {error}") from error
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"the bundle {folder} can't be used: {reason}") from error
 
 
 _AUTO = {

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -124,17 +124,48 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 
 
 def load_pretrained(model: ModelConfig) -> PreTrainedModel:
-    """The trained model that is named, in float32: safetensors only, no code of its own."""
+    """The trained model that is named, in float32: safetensors only, no code of its own.
+
+    Raises InputError where a weight is missing: the library would draw it at random.
+    """
     import torch
 
     from goldcrest.kernels.language.architectures import auto_class
 
+    if model.path is not None and (Path(model.path) / "bundle.json").is_file():
+        return _from_bundle(Path(model.path), model.family)
+
     def load(name: str, **options: Any) -> Any:
         return auto_class(model.family).from_pretrained(
-            name, use_safetensors=True, dtype=torch.float32, **options
+            name, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options
         )
 
-    return _loaded(model, load)
+    loaded, info = _loaded(model, load)
+    if missing := sorted(info["missing_keys"]):
+        raise InputError(
+            f"the model {model.source} lacks {len(missing)} weights of family '{model.family}', "
+            f"first {missing[0]}",
+            hint=f"it was made for another purpose: the families are {', '.join(get_args(Family))}",
+        )
+    return loaded
+
+
+def _from_bundle(folder: Path, family: str) -> PreTrainedModel:
+    """The model of a language bundle, whose weights may be packed as only bundles are."""
+    from goldcrest.tasks.language.bundle import load_model, read_description
+
+    description = read_description(folder)
+    if description.get("quantization") is not None:
+        raise InputError(
+            f"the bundle {folder} is quantized, which can't be trained or pruned further",
+            hint="start from the float bundle that it was made of",
+        )
+    if description["family"] != family:
+        raise InputError(
+            f"the bundle {folder} is of family '{description['family']}', not '{family}'",
+            hint=f"set pretrain.model.family to {description['family']}",
+        )
+    return load_model(folder).float().requires_grad_(True)
 
 
 def load_generation(model: ModelConfig) -> GenerationConfig | None:

@@ -30,9 +30,9 @@ from goldcrest.cluster.api import (
 )
 from goldcrest.tasks.language import int4_report, int4_trials
 from goldcrest.tasks.language.bundle import (
+    float_text_bundle,
     load_config,
     read_description,
-    verified,
     write_bundle,
 )
 from goldcrest.tasks.language.tokenizer import load_tokenizer, tokenizer_folder
@@ -181,15 +181,7 @@ def _material(cfg: Int4Config, model: Artifact, tokens: Artifact, out: Output) -
     """What the trials work on, checked."""
     from goldcrest.tasks.data.tokens import TokenReader
 
-    folder = verified(model)
-    description = read_description(folder)
-    if description.get("quantization") is not None:
-        raise InputError(f"the bundle '{description['name']}' is quantized already")
-    if description["family"] == "speech":
-        raise InputError(
-            "INT4 calibrates on token rows, and a speech model reads audio",
-            hint="quantize a text model, or a speech model to INT8",
-        )
+    folder, description = float_text_bundle(model)
     paths = {split: tokens.file(f"{split}.arrow") for split in ("train", "validation")}
     for split, path in paths.items():
         if len(TokenReader(path)) == 0:

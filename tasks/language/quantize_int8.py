@@ -19,10 +19,9 @@ from pydantic import Field
 
 from goldcrest.cluster.api import Artifact, Config, InputError, Output, StepError, task
 from goldcrest.tasks.language.bundle import (
+    float_text_bundle,
     load_config,
     load_model,
-    read_description,
-    verified,
     write_bundle,
 )
 from goldcrest.tasks.language.tokenizer import load_tokenizer, tokenizer_folder
@@ -54,15 +53,7 @@ def quantize_int8(cfg: QuantizeInt8Config, model: Artifact, tokens: Artifact, ou
     """Quantize a float bundle (dense or sparse) and write the bundle `int8`."""
     from goldcrest.kernels.quantization.int8_transformer import quantize, state
 
-    folder = verified(model)
-    before = read_description(folder)
-    if before.get("quantization") is not None:
-        raise InputError(f"the bundle '{before['name']}' is quantized already")
-    if before["family"] == "speech":
-        raise InputError(
-            "the tokens hold text rows, and a speech model reads audio",
-            hint="quantize a causal, seq2seq or masked model",
-        )
+    folder, before = float_text_bundle(model)
     config = load_config(folder)
     network = load_model(folder).float()
     given = _batches(cfg, before["family"], model, tokens, out.seed)

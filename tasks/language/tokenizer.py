@@ -57,7 +57,7 @@ class TokenizerConfig(Config):
         None, min_length=1, description="bpe, bytes: hides a token from a masked model, id 3"
     )
     path: Annotated[str | None, InputFiles] = Field(
-        None, description="load: a folder with tokenizer.json, e.g. that of a model"
+        None, description="load: a folder with tokenizer.json: that of a model, or a bundle"
     )
     hub: str | None = Field(
         None, description="load: name on the Hugging Face hub, e.g. openai-community/gpt2"
@@ -210,7 +210,7 @@ def _load(cfg: TokenizerConfig) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     source: dict[str, Any] = (
-        {"pretrained_model_name_or_path": cfg.path, "local_files_only": True}
+        {"pretrained_model_name_or_path": _own_files(cfg.path), "local_files_only": True}
         if cfg.path is not None
         else {"pretrained_model_name_or_path": cfg.hub, "revision": cfg.revision or "main"}
     )
@@ -229,6 +229,12 @@ def _load(cfg: TokenizerConfig) -> PreTrainedTokenizerFast:
     if loaded.pad_token is None:
         loaded.pad_token = loaded.eos_token  # padding is masked: any token will do
     return loaded
+
+
+def _own_files(folder: str) -> str:
+    """The folder itself; of a bundle, the folder in it that holds the tokenizer."""
+    inner = Path(folder) / "tokenizer"
+    return str(inner) if (inner / "tokenizer.json").is_file() else folder
 
 
 def _bytes_per_token(made: PreTrainedTokenizerFast, corpus: Artifact) -> float | None:

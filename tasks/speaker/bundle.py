@@ -9,16 +9,15 @@ MODEL_CARD.md       for people
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from goldcrest.cluster.api import InputError, Output
+from goldcrest.cluster.api import Output
+from goldcrest.tasks import bundles
 from goldcrest.tasks.speaker.frontend import FrontEnd, FrontEndConfig
 from goldcrest.tasks.speaker.network import network_settings
 
@@ -106,31 +105,7 @@ def bundle_bytes(folder: Path) -> int:
 
 def read_description(folder: Path) -> dict[str, Any]:
     """The checked bundle.json of a folder; InputError names what is wrong."""
-    path = folder / "bundle.json"
-    try:
-        description = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} can't be read: {error}") from error
-    if not isinstance(description, dict) or description.get("kind") != KIND:
-        raise InputError(f"{path} does not describe a bundle of kind '{KIND}'")
-    if description.get("schema") != SCHEMA:
-        raise InputError(
-            f"{path} has schema {description.get('schema')}, this version reads {SCHEMA}"
-        )
-    return description
-
-
-def load_state(folder: Path) -> dict[str, Tensor]:
-    """The bundle's tensors, bitmask-packed ones unpacked."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    from goldcrest.kernels.sparsity.packing import unpack_state
-
-    try:
-        return unpack_state(load_file(folder / "model.safetensors"))
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{folder / 'model.safetensors'} can't be read: {error}") from error
+    return bundles.read_description(folder, kind=KIND, schema=SCHEMA)
 
 
 def load_network(folder: Path) -> EcapaTdnn:
@@ -139,11 +114,11 @@ def load_network(folder: Path) -> EcapaTdnn:
 
     from goldcrest.kernels.speaker.ecapa_tdnn import EcapaTdnn
 
-    with _told_as_input(folder):
+    with bundles.told_as_input(folder):
         settings = network_settings(read_description(folder)["network"])
         with torch.device("meta"):  # sizes are the file's claim: nothing is allocated for them
             network = EcapaTdnn(settings)
-        network.load_state_dict(load_state(folder), assign=True)
+        network.load_state_dict(bundles.load_state(folder), assign=True)
     return network.eval()
 
 
@@ -154,11 +129,11 @@ def load_bundle(folder: Path | str) -> SpeakerModel:
     folder = Path(folder)
     facts = read_description(folder)
     module: nn.Module
-    with _told_as_input(folder):
+    with bundles.told_as_input(folder):
         if facts["name"] == "int8":
             from goldcrest.kernels.quantization.int8_ecapa import Int8Ecapa
 
-            module = Int8Ecapa.from_tensors(load_state(folder), facts["int8"])
+            module = Int8Ecapa.from_tensors(bundles.load_state(folder), facts["int8"])
         else:
             module = load_network(folder)
         front_end = FrontEnd(FrontEndConfig(**facts["front_end"]))
@@ -194,20 +169,6 @@ def alike(lengths: Sequence[int], *, padding: float = 0.25) -> list[list[int]]:
         else:
             groups.append([place])
     return groups
-
-
-@contextmanager
-def _told_as_input(folder: Path) -> Iterator[None]:
-    """What a damaged or foreign bundle raises inside, as an InputError that names it."""
-    try:
-        yield
-    except InputError:
-        raise
-    except KeyError as error:
-        raise InputError(f"the bundle {folder} lacks {error}") from error
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"the bundle {folder} can't be used: {reason}") from error
 
 
 def model_card(facts: Mapping[str, Any]) -> str:

@@ -10,8 +10,9 @@ import pytest
 
 from goldcrest.cluster.config_file import load_config
 from goldcrest.cluster.dag import walk
+from goldcrest.cluster.errors import InputError
 from goldcrest.cluster.keys import Fingerprints
-from goldcrest.pipelines import speaker
+from goldcrest.pipelines import language, speaker
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -23,9 +24,36 @@ def test_speaker_configs_load_and_build(path: Path) -> None:
     assert len(nodes) == len(cfg.compare) + 3  # and the three bundles
 
 
+@pytest.mark.parametrize(
+    "path", sorted((CONFIGS / "language").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_language_configs_load_and_build(path: Path) -> None:
+    cfg = load_config(language.Config, file=path)
+    levels = () if cfg.sparse is None else cfg.sparse.levels
+    quantized = [each for each in (cfg.int8, cfg.int4) if each is not None]
+    assert len(language.build(cfg)) == 1 + len(levels) + len(quantized)
+
+
+def test_a_model_of_ones_own_takes_the_place_of_the_configs() -> None:
+    """As the README has it; the tokenizer has to come along."""
+    file = CONFIGS / "language" / "compress.yaml"
+    model = "pretrain.model={path: /models/mine}"
+    cfg = load_config(
+        language.Config,
+        file=file,
+        overrides=[model, "tokenizer={method: load, path: /models/mine}"],
+    )
+    assert cfg.pretrain.model.source == cfg.tokenizer.path == "/models/mine"
+    with pytest.raises(InputError, match=r"tokenizer to \{method: load, path: /models/mine\}"):
+        load_config(language.Config, file=file, overrides=[model, "tokenizer={method: bpe}"])
+
+
 def test_the_variants_are_there() -> None:
     names = {path.stem for path in (CONFIGS / "speaker").glob("*.yaml")}
     assert {"tiny", "base", "paper", "real"} <= names
+    names = {path.stem for path in (CONFIGS / "language").glob("*.yaml")}
+    assert {"tiny", "base", "compress", "e2e"} <= names
+    assert any(name.startswith("paper-") for name in names)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +116,8 @@ def test_every_field_is_documented() -> None:
                 check(field.annotation)
 
     check(speaker.Config)
-    assert len(seen) > 8
+    check(language.Config)
+    assert len(seen) > 16
 
 
 def test_rounds_and_candidates_have_names_and_labels_of_their_own() -> None:

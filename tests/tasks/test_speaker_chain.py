@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from goldcrest.cluster.api import Artifact, InputError, StepError
+from goldcrest.tasks.bundles import load_state
 from goldcrest.tasks.data.audio import from_pcm16
 from goldcrest.tasks.data.frames import FrameReader
 from goldcrest.tasks.speaker.bundle import (
@@ -20,7 +21,6 @@ from goldcrest.tasks.speaker.bundle import (
     bundle_bytes,
     load_bundle,
     load_network,
-    load_state,
     read_description,
 )
 from goldcrest.tasks.speaker.choose_clusters import ChooseClustersConfig, choose_clusters

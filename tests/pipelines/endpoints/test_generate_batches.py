@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from goldcrest.cluster.errors import InputError
 from goldcrest.pipelines.endpoints.generate_batches import Batches
 from goldcrest.tasks.language.bundle import LanguageModel
 from goldcrest.tasks.language.generation import GenerationSettings, Generator
@@ -265,8 +266,8 @@ def test_a_fault_reaches_everybody_who_waits(generator: Watched) -> None:
     async def test() -> None:
         asks = [batches.answer("m", generator, unknown, SHORT) for _ in range(3)]
         found = await asyncio.gather(*asks, return_exceptions=True)
-        assert all(isinstance(each, IndexError) for each in found), found
-        with pytest.raises(IndexError):
+        assert all(isinstance(each, InputError) for each in found), found
+        with pytest.raises(InputError, match="vocabulary"):
             async for _ in batches.pieces(generator, unknown, SHORT):
                 pass
         assert (await batches.answer("m", generator, prompt, SHORT)).tokens  # and goes on

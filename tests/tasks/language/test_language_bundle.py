@@ -8,20 +8,21 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from goldcrest.cluster.api import InputError
 from goldcrest.cluster.artifact import Output
 from goldcrest.cluster.runtime import LocalRuntime
 from goldcrest.kernels.language.architectures import own_state
+from goldcrest.tasks.bundles import load_state
 from goldcrest.tasks.language.bundle import (
     bundle_bytes,
     load_model,
-    load_state,
     read_description,
     write_bundle,
 )
-from goldcrest.tasks.language.models import ModelConfig, build_model, model_config
+from goldcrest.tasks.language.models import ModelConfig, build_model, load_pretrained, model_config
 from tests.kernels.language import tiny_models
 
 FAMILY = {"t5": "seq2seq", "bert": "masked", "whisper": "speech"}
@@ -182,6 +183,36 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
     given = ModelConfig(path=str(written(tmp_path / "dense", tiny_models.llama())))
     with pytest.raises(InputError, match="65 tokens"):
         model_config(given, tokenizer=[None] * 65)
+
+
+def test_a_model_that_lacks_weights_is_refused(tmp_path: Path) -> None:
+    """The library would draw them at random and go on."""
+    folder = tmp_path / "model"
+    tiny_models.llama().save_pretrained(folder)
+    state = load_file(folder / "model.safetensors")
+    kept = {name: value for name, value in state.items() if "layers.1.mlp" not in name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"lacks 3 weights .* model\.layers\.1\.mlp"):
+        load_pretrained(ModelConfig(path=str(folder)))
+    with pytest.raises(InputError, match="family 'masked'"):
+        load_pretrained(ModelConfig(path=str(folder), family="masked"))
+
+
+def test_a_bundle_is_loaded_as_bundles_are(tmp_path: Path) -> None:
+    """A sparse one is packed, which the library would take for missing weights."""
+    model = tiny_models.llama()
+    name = "model.layers.0.mlp.up_proj.weight"
+    with torch.no_grad():
+        model.get_parameter(name)[:, ::2] = 0
+    folder = written(tmp_path / "sparse", model, packed=[name])
+    loaded = load_pretrained(ModelConfig(path=str(folder)))
+    assert torch.equal(loaded.get_parameter(name), model.get_parameter(name))
+    assert all(value.requires_grad for value in loaded.parameters())
+    with pytest.raises(InputError, match="family to causal"):
+        load_pretrained(ModelConfig(path=str(folder), family="seq2seq"))
+    codes = written(tmp_path / "int8", model, quantization={"form": "int8"})
+    with pytest.raises(InputError, match="quantized"):
+        load_pretrained(ModelConfig(path=str(codes)))
 
 
 def test_weights_that_are_pickles_are_refused(tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from goldcrest.cluster.api import Artifact, InputError, StepError
+from goldcrest.tasks.bundles import load_state
 from goldcrest.tasks.language.bundle import (
     bundle_bytes,
     load_bundle,
-    load_state,
     read_description,
 )
 from goldcrest.tasks.language.finetune import FinetuneConfig, finetune

@@ -20,8 +20,9 @@ from goldcrest.cluster.runtime import LocalRuntime
 from goldcrest.kernels.language.architectures import own_state
 from goldcrest.kernels.language.stacks import block_linears
 from goldcrest.kernels.quantization.int8_linear import Int8Linear
+from goldcrest.tasks.bundles import load_state
 from goldcrest.tasks.data.tokens import TokenRow, TokenWriter
-from goldcrest.tasks.language.bundle import bundle_bytes, load_bundle, load_state, write_bundle
+from goldcrest.tasks.language.bundle import bundle_bytes, load_bundle, write_bundle
 from goldcrest.tasks.language.quantize_int8 import QuantizeInt8Config, quantize_int8
 from tests.kernels.language import tiny_models
 
