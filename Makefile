@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+FAST := $(BIN)/python -m pytest --hypothesis-profile=fixed -m "not slow"
 # The embedded demo and the tests never talk to a hub, nor to anybody's telemetry.
 export HF_HUB_OFFLINE := 1
 export RAY_USAGE_STATS_ENABLED := 0
@@ -30,14 +31,14 @@ check: $(STAMP) ## format, lint, types, import floors
 	$(BIN)/lint-imports
 
 test: check ## all checks and tests (fast forms)
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile tests/kernels tests/tasks
-	$(BIN)/python -m pytest -m "not slow" --ignore=tests/kernels --ignore=tests/tasks
+	$(FAST) -n 2 --dist loadfile tests/kernels tests/tasks
+	$(FAST) --ignore=tests/kernels --ignore=tests/tasks
 
 test-all: check ## everything, long forms too
 	$(BIN)/python -m pytest
 
 reliability: $(STAMP) ## try to break runs (long) and write the table of docs/reliability.md
-	GOLDCREST_RELIABILITY=docs/reliability.json $(BIN)/python -m pytest tests/chaos tests/security
+	GOLDCREST_RELIABILITY=docs/reliability.json $(BIN)/python -m pytest -m scenario tests/chaos tests/security tests/cluster
 
 bench: $(STAMP) ## measure speed and memory against named peers
 	$(BIN)/python -m pytest tests/bench -s

@@ -154,27 +154,71 @@ class SweepRecord:
 
     def note(self, trial: TrialResult) -> None:
         """Append how a trial stands."""
-        facts = mask_secrets({**trial.as_json(), "scores": trial.scores})
+        facts = mask_secrets({**trial.as_json(), "scores": trial.scores, "steps": trial.steps})
         with contextlib.suppress(OSError), self._trials.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(facts, ensure_ascii=False) + "\n")
 
+    def ended(self) -> tuple[SweepResult, Space]:
+        """The sweep as its last attempt left it, and its space.
+
+        Raises InputError where the record can't be read, or no attempt has come to an end.
+        """
+        where = f"the record of the sweep {self.folder.name}"
+        if not (self.folder / "result.json").is_file():
+            raise InputError(
+                f"{where} has no result yet", hint="repeat its command: it goes on where it was"
+            )
+        try:
+            asked, facts = (
+                json.loads((self.folder / name).read_text(encoding="utf-8"))
+                for name in ("sweep.json", "result.json")
+            )
+            space = Space.parse(asked["space"], where=where)
+            noted = self._latest()
+            trials = [_trial({**noted.get(each["number"], {}), **each}) for each in facts["trials"]]
+            names = ("sweep", "pipeline", "metric", "mode", "status", "seconds", "best_config")
+            error = facts["error"] and Failure(**facts["error"])
+            result = SweepResult(**{n: facts[n] for n in names}, trials=trials, error=error)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{where} can't be read: {error!r}") from error
+        return result, space
+
     def earlier(self, space: Space) -> tuple[list[Values], dict[int, Replay]]:
         """The points of earlier attempts from number 0 on, and those that were stopped."""
+        known: dict[int, dict[str, Any]] = {}
+        for number, facts in self._latest().items():
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                known[number] = _checked(facts, space)
+        points: list[Values] = []
+        while len(points) in known:
+            points.append(known[len(points)]["config"])
+        stopped = {
+            number: Replay(values=facts["config"], scores=facts["scores"])
+            for number, facts in known.items()
+            if facts["state"] == "stopped"
+        }
+        return points, stopped
+
+    def _latest(self) -> dict[int, dict[str, Any]]:
+        """What was noted last of each trial, by number."""
         latest: dict[int, dict[str, Any]] = {}
         with contextlib.suppress(OSError):
             for line in self._trials.read_text(encoding="utf-8", errors="replace").splitlines():
                 with contextlib.suppress(ValueError, KeyError, TypeError):
                     facts = json.loads(line)
-                    latest[int(facts["number"])] = _checked(facts, space)
-        points: list[Values] = []
-        while len(points) in latest:
-            points.append(latest[len(points)]["config"])
-        stopped = {
-            number: Replay(values=facts["config"], scores=facts["scores"])
-            for number, facts in latest.items()
-            if facts["state"] == "stopped"
-        }
-        return points, stopped
+                    latest[int(facts["number"])] = facts
+        return latest
+
+
+def _trial(facts: Mapping[str, Any]) -> TrialResult:
+    """A trial from its JSON and what was noted of it while it ran."""
+    names = ("number", "config", "run", "state", "metric", "seconds")
+    return TrialResult(
+        **{name: facts[name] for name in names},
+        scores=[(int(row), float(score)) for row, score in facts.get("scores", ())],
+        steps=dict(facts.get("steps", {})),
+        failure=Failure(step=None, message=facts["error"]) if facts["error"] else None,
+    )
 
 
 def _checked(facts: dict[str, Any], space: Space) -> dict[str, Any]:

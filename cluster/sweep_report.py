@@ -25,7 +25,7 @@ from goldcrest.cluster.sweep_drawings import (
     draw_history,
     draw_parallel,
 )
-from goldcrest.cluster.sweep_record import SweepResult, TrialResult
+from goldcrest.cluster.sweep_record import SweepRecord, SweepResult, TrialResult
 from goldcrest.cluster.sweep_space import Axis, Space
 
 LEAST_TRIALS = 8
@@ -39,6 +39,11 @@ def write_report(folder: Path, result: SweepResult, space: Space) -> Path:
     path = folder / REPORT
     write_text(path, render(folder, result, space))
     return path
+
+
+def render_again(folder: Path) -> str:
+    """The report of a sweep that has ended, from its record; InputError if that can't be read."""
+    return render(folder, *SweepRecord(folder).ended())
 
 
 def render(folder: Path, result: SweepResult, space: Space) -> str:

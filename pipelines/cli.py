@@ -39,6 +39,7 @@ from goldcrest.pipelines.cli_common import (
     answering,
     check_run_name,
     find_run,
+    find_sweep,
     make_profile,
     open_store,
     print_table,
@@ -178,13 +179,21 @@ def report(
     store: StoreOption = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Write a run's HTML report again from its record, and say where it is."""
+    """Write the HTML report of a run or sweep again from its record, and say where it is."""
+    from goldcrest.cluster import sweep_report
     from goldcrest.cluster.report import REPORT, read_events, render, write_text
 
     with answering(json_file) as answer:
-        name, folder = find_run(open_store(store), run_name)
+        opened = open_store(store)
+        sweep_folder = find_sweep(opened, run_name)
+        if sweep_folder is not None:
+            name, folder = run_name, sweep_folder
+            page = sweep_report.render_again(folder)
+        else:
+            name, folder = find_run(opened, run_name)
+            page = render(read_events(folder / "events.jsonl"))
         path = output if output is not None else folder / REPORT
-        write_text(path, render(read_events(folder / "events.jsonl")))
+        write_text(path, page)
         answer.value = {"run": name, "report": str(path)}
         say(str(path))
         if open_it:

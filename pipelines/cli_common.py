@@ -275,6 +275,12 @@ def find_run(store: Store, name: str) -> tuple[str, Path]:
     return name, store.run_folder(name)
 
 
+def find_sweep(store: Store, name: str) -> Path | None:
+    """The folder of the sweep of that name; None where there is none."""
+    folder = store.runs_folder / check_run_name(name)
+    return folder if (folder / "sweep.json").is_file() else None
+
+
 def read_record(folder: Path) -> dict[str, Any]:
     """The content of a run's `run.json`; InputError where it is not readable."""
     path = folder / "run.json"

@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 
 from tests.cluster.dashboard_cluster import DashboardCluster, dashboard_cluster
@@ -38,6 +39,9 @@ _OFFLINE = {
 }
 os.environ.update(_OFFLINE)  # before any test module imports torch, ray or transformers
 
+
+hypothesis.settings.register_profile("fixed", derandomize=True)
+"""Of `make test`: the same examples everywhere. The long form searches on."""
 
 _COSTLY = ("job_cluster", "small_run", "speaker_server", "text_server")
 """Fixtures that take many seconds to make: tests that share one follow each other."""

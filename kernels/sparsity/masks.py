@@ -37,7 +37,7 @@ def keep_highest(scores: Tensor, zeros: int) -> Tensor:
 def keep_highest_by_row(scores: Tensor, sparsity: float) -> Tensor:
     """`keep_highest` within every row of (R, D); rows' counts round so that the total is exact."""
     rows, columns = scores.shape
-    ends = [round(sparsity * columns * row) for row in range(rows + 1)]
+    ends = [round(sparsity * (columns * row)) for row in range(rows + 1)]
     zeros = torch.tensor(ends, device=scores.device).diff()
     ranks = scores.argsort(dim=1, stable=True).argsort(dim=1)
     return ranks >= zeros[:, None]

@@ -60,7 +60,8 @@ def prune(
     mask = torch.ones_like(work, dtype=torch.bool)
     columns = work.shape[1]
     for index in range(work.shape[0]):
-        zeros = round(sparsity * columns * (index + 1)) - round(sparsity * columns * index)
+        before, after = columns * index, columns * (index + 1)
+        zeros = round(sparsity * after) - round(sparsity * before)
         work[index], mask[index] = _prune_row(work[index], inverse, zeros)
     return work.to(weight.dtype), mask
 

@@ -81,7 +81,7 @@ def prune(
         scores = (work[:, start:end] / factor.upper.diagonal()[start:end]).square()
         scores = scores.masked_fill(existing[:, start:end], -torch.inf)
         if settings.pattern is None:
-            due = round(sparsity * rows * end) - pruned
+            due = round(sparsity * (rows * end)) - pruned
             due = max(due, int(existing[:, start:end].sum()))
             mask[:, start:end] = keep_highest(scores, due)
             pruned += due

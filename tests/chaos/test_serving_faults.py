@@ -92,6 +92,7 @@ def wait_until(true: Callable[[], bool], seconds: float = 120.0) -> None:
         time.sleep(0.2)
 
 
+@pytest.mark.scenario("a replica that holds the model is killed under load; no request fails")
 def test_a_killed_model_replica_costs_no_request(speaker_server: Server) -> None:
     """Embedding changes nothing, so the HTTP side asks again; the user sees no fault."""
     speaker_server.post("/enroll", voice(150), speaker="heavy")
@@ -109,6 +110,9 @@ def test_a_killed_model_replica_costs_no_request(speaker_server: Server) -> None
     assert victim not in speaker_server.replicas("SpeakerModels")
 
 
+@pytest.mark.scenario(
+    "a replica that answers HTTP is killed under load; only its own requests fail"
+)
 def test_a_killed_http_replica_costs_what_was_inside_it(speaker_server: Server) -> None:
     speaker_server.post("/enroll", voice(100), speaker="anna")
     clients = 4
@@ -126,6 +130,7 @@ def test_a_killed_http_replica_costs_what_was_inside_it(speaker_server: Server) 
     speaker_server.call("DELETE", "/speakers/anna")
 
 
+@pytest.mark.scenario("ten times the capacity at once; answered, or 503 with Retry-After")
 def test_a_burst_is_served_or_turned_away(speaker_server: Server) -> None:
     """Ten times what the gates let in (16 in each of two replicas), all at once."""
     recording = voice(100, seconds=3)
@@ -140,6 +145,7 @@ def test_a_burst_is_served_or_turned_away(speaker_server: Server) -> None:
     assert speaker_server.post("/embed", recording).status_code == 200
 
 
+@pytest.mark.scenario("a model is swapped under load; no request fails")
 def test_models_are_swapped_under_load_without_a_failed_request(speaker_server: Server) -> None:
     folder = speaker_server.folder
     new, old = make_bundle(folder / "new", seed=7), folder / "one"
@@ -179,6 +185,7 @@ def test_a_bad_bundle_is_not_taken_into_service(speaker_server: Server) -> None:
     assert "model.safetensors can't be read" in speaker_server.log()
 
 
+@pytest.mark.scenario("40 clients hang up before the answer; nothing stays behind")
 def test_clients_that_vanish_leave_no_request_inside(speaker_server: Server) -> None:
     def vanish(_: int) -> None:
         with pytest.raises(requests.RequestException):
@@ -212,6 +219,7 @@ def own_server(folder: Path, *more: str) -> Server:
     return start_server(folder, str(bundle), "--profile", str(profile), *more, token=token)
 
 
+@pytest.mark.scenario("SIGTERM under load; what is inside is finished")
 @pytest.mark.slow
 def test_sigterm_finishes_what_is_inside(tmp_path: Path) -> None:
     server = own_server(tmp_path)
@@ -226,6 +234,7 @@ def test_sigterm_finishes_what_is_inside(tmp_path: Path) -> None:
     assert "cut off" not in server.log()
 
 
+@pytest.mark.scenario("ten minutes of load; memory does not grow")
 @pytest.mark.slow
 def test_ten_minutes_of_load_do_not_grow(tmp_path: Path) -> None:
     """Resident memory of all processes: the last third may not lie above the middle one by 5 %."""

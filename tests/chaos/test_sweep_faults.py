@@ -31,6 +31,7 @@ def lines(path: Path) -> list[dict[str, object]]:
         return []
 
 
+@pytest.mark.scenario("the driver of a sweep is killed, and Tune's own state is damaged")
 @pytest.mark.slow
 def test_a_killed_sweep_goes_on_from_the_store(ray_cluster: None, tmp_path: Path) -> None:
     marks = tmp_path / "marks"

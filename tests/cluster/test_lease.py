@@ -264,13 +264,14 @@ def test_stopped_holder_cannot_commit_late(tmp_path, monkeypatch, scheme):
         holder.stdout.close()
 
 
+@pytest.mark.scenario("32 processes race for one key, in a folder and in a bucket")
 @pytest.mark.parametrize("scheme", ["", "local://"])
-def test_sixteen_processes_compute_once(tmp_path, monkeypatch, scheme):
+def test_many_processes_compute_once(tmp_path, monkeypatch, scheme):
     monkeypatch.setenv("GOLDCREST_CACHE", str(tmp_path / "cache"))
     log = tmp_path / "log"
     uri = f"{scheme}{tmp_path}/store"
     done = subprocess.run(
-        [sys.executable, str(WORKERS), "race", uri, KEY, "16", str(log)], timeout=120
+        [sys.executable, str(WORKERS), "race", uri, KEY, "32", str(log)], timeout=120
     )
     assert done.returncode == 0
     assert len(log.read_text().splitlines()) == 1

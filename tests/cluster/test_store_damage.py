@@ -17,6 +17,7 @@ from goldcrest.cluster.store import Store
 from goldcrest.cluster.store_stamps import SETTLED_NS, Stamps
 from tests.cluster.rotten_disk import rot
 
+FLIPS = 60
 KEY = hashlib.sha256(b"damage").hexdigest()
 MEMBERS = {"a.txt": b"first member", "deep/b.bin": bytes(range(200))}
 
@@ -51,6 +52,7 @@ def store(tmp_path):
     return store
 
 
+@pytest.mark.scenario("an artifact is cut short, changed, or loses a file")
 def test_every_kind_of_damage(tmp_path):
     def flip(place):
         data = bytearray((place / "deep/b.bin").read_bytes())
@@ -105,12 +107,14 @@ def test_verify_hashes_everything_again(store):
     assert store.verify() == []
 
 
+@pytest.mark.scenario("any one bit of an artifact flips")
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=FLIPS, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(name=st.sampled_from([*MEMBERS, MANIFEST]), place=st.integers(0, 1 << 20))
-def test_any_flipped_bit_is_found(tmp_path, name, place):
+def test_any_flipped_bit_is_found(tmp_path, record_property, name, place):
     """Every bit counts, save white space in the manifest that changes no value."""
+    record_property("tried", FLIPS)
     store = Store.open(tmp_path / "flips")
     artifact = store.find(KEY) or put(store)
     before = dict(artifact.manifest)

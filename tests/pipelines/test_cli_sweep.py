@@ -84,7 +84,7 @@ def test_a_space_that_is_not_there_is_named(
     assert "did you mean 'speaker-margin'?" in capsys.readouterr().err
 
 
-def test_a_sweep_from_the_command_line(tmp_path: Path) -> None:
+def test_a_sweep_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     space = write(tmp_path, "grow.water: {grid: [0.5, 2.0, 1.0]}\n")
     environment: dict[str, Any] = {
         **os.environ,
@@ -119,6 +119,25 @@ def test_a_sweep_from_the_command_line(tmp_path: Path) -> None:
     assert "hush" not in done.stdout + done.stderr
     assert "Trial" not in done.stderr  # Tune keeps its own words to itself
     assert read_yaml(Path(answer["best_config"]))["grow"] == {"water": 2.0}
+    report_is_written_again(tmp_path, Path(answer["report"]), answer["sweep"], monkeypatch)
+
+
+def report_is_written_again(
+    folder: Path, report: Path, sweep: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`goldcrest report SWEEP` makes the same page of the record alone."""
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("GOLDCREST_STORE", raising=False)
+    wanted = report.read_text("utf-8")
+    report.unlink()
+    with pytest.raises(SystemExit) as end:
+        cli.main(["report", sweep])
+    assert end.value.code == 0
+    assert report.read_text("utf-8") == wanted
+    (report.parent / "result.json").unlink()
+    with pytest.raises(SystemExit) as end:
+        cli.main(["report", sweep])
+    assert end.value.code == 2
 
 
 @pytest.mark.parametrize(

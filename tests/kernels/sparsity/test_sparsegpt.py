@@ -129,7 +129,7 @@ def test_realised_sparsity_is_exact(method: str, rows: int, columns: int, share:
     weight, hessian = problem(rows * 100 + columns, rows, columns, 64)
     rule = sparsity.load(method)
     pruned, mask = rule.prune(weight, hessian, sparsity=share, settings=rule.Settings())
-    assert int((~mask).sum()) == round(share * rows * columns)
+    assert int((~mask).sum()) == round(share * (rows * columns))
     assert torch.equal(pruned != 0, mask)
 
 
