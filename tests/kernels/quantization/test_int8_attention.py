@@ -237,3 +237,13 @@ def test_grids_are_a_state() -> None:
     put_grids(again, AttentionGrids(2, 8))
     again.load_state_dict(caller.state_dict(), assign=True)
     assert torch.equal(again(query, key, value), caller(query, key, value))
+
+
+def test_codes_reach_from_minus_127_to_127_and_no_further() -> None:
+    """Symmetric: -128 is never written; a value beyond the calibrated range is clipped."""
+    steps = torch.tensor([[[0.5]], [[2.0]]])  # two heads of one channel
+    x = torch.tensor([-200.0, -127.0, -126.6, -0.4, 0.0, 0.6, 126.4, 127.0, 200.0])
+    wanted = torch.tensor([-127, -127, -127, 0, 0, 1, 126, 127, 127], dtype=torch.int8)
+    codes = to_codes(x[None, None, :, None] * steps, steps)
+    assert codes.dtype == torch.int8
+    assert torch.equal(codes, wanted[None, None, :, None].expand_as(codes))

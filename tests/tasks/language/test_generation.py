@@ -282,6 +282,16 @@ def test_pieces_of_any_tokens_make_up_the_decoded_text(data: st.DataObject) -> N
     assert transcript.ended == (cut < len(whole) or any(stop in whole for stop in stops))
 
 
+def test_each_of_several_stop_strings_is_held_back() -> None:
+    """What one of them could begin with is held, though another one could not."""
+    tokenizer = byte_tokenizer()
+    transcript = Transcript(tokenizer, ["a b", "."], ends=[])
+    pieces = [transcript.add(token) for token in tokenizer("xa aa b.")["input_ids"]]
+    assert pieces == ["x", "", "", "a ", "a", "", "", ""]
+    assert transcript.ended
+    assert transcript.finish() == ""
+
+
 @pytest.mark.parametrize("text", ["€uro", "日本", "🐦!"])
 def test_a_character_is_handed_out_whole(text: str) -> None:
     tokenizer = byte_tokenizer()
