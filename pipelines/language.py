@@ -1,10 +1,11 @@
-"""The language pipeline: text -> a dense language model -> sparse, INT8 and INT4 ones.
+"""The language pipeline: text, or speech with its texts -> a dense model -> sparse, INT8, INT4 ones.
 
     corpus -> tokenizer -> tokens -> pretrain -> finetune -> sparse_50, sparse_75, ... -> bundles
                                                      \\-> int8, int4
 
 Pretraining has a corpus of its own where one is given, else it reads the task's. It can be the
-mere loading of a trained model (`pretrain.training: null`). INT8 and INT4 are made of the dense
+mere loading of a trained model (`pretrain.training: null`). With
+`pretrain.model.family: speech` the corpus is recordings with their texts, read as `speech` says. INT8 and INT4 are made of the dense
 model, or of a sparse one (`int8_of: sparse_75`).
 """
 
@@ -19,6 +20,7 @@ from goldcrest.cluster.profile import StepResources
 from goldcrest.tasks.language.evaluate import EvaluateTextConfig, evaluate_text
 from goldcrest.tasks.language.finetune import FinetuneConfig, finetune
 from goldcrest.tasks.language.prepare import TextConfig, prepare_text
+from goldcrest.tasks.language.prepare_speech import SpeechCorpusConfig, prepare_speech
 from goldcrest.tasks.language.pretrain import PretrainConfig, pretrain
 from goldcrest.tasks.language.publish import PublishTextConfig, publish_text
 from goldcrest.tasks.language.quantize_int4 import Int4Config, quantize_int4
@@ -31,7 +33,7 @@ from goldcrest.tasks.language.sparse_finetune import (
 from goldcrest.tasks.language.tokenizer import TokenizerConfig, tokenizer
 from goldcrest.tasks.language.tokens import TokensConfig, tokens
 
-DESCRIPTION = "text to dense, sparse, INT8 and INT4 language models"
+DESCRIPTION = "text, or speech with its texts, to dense, sparse, INT8 and INT4 language models"
 
 
 class Config(api.Config):
@@ -44,6 +46,10 @@ class Config(api.Config):
         "what a cluster profile says goes first",
     )
     corpus: TextConfig = Field(TextConfig(), description="the task: prompts and answers, or text")
+    speech: SpeechCorpusConfig = Field(
+        SpeechCorpusConfig(),
+        description="family speech: how the recordings at corpus.paths (--corpus) are read",
+    )
     pretrain_corpus: TextConfig | None = Field(
         None, description="text to learn the language from; null: the task's own"
     )
@@ -83,6 +89,29 @@ class Config(api.Config):
         return self
 
     @model_validator(mode="after")
+    def _speech_or_text(self) -> Self:
+        model, speech = self.pretrain.model, self.speech
+        if model.family != "speech":
+            if speech != SpeechCorpusConfig():
+                raise ValueError(
+                    f"speech is for models of the family speech; this one is {model.family}"
+                )
+            return self
+        text = self.corpus
+        where = {name: getattr(text, name) for name in ("paths", "eval_paths", "names")}
+        if text != TextConfig(**where) or self.pretrain_corpus is not None:
+            raise ValueError(
+                "a speech model's corpus is recordings: say under speech how they are read; of "
+                "corpus only paths, eval_paths and names are looked at, and pretrain_corpus must "
+                "be null"
+            )
+        if speech.paths or speech.eval_paths:
+            raise ValueError("speech.paths are those of corpus.paths: give them there (--corpus)")
+        if model.source is None:
+            _check_window(self)
+        return self
+
+    @model_validator(mode="after")
     def _a_model_keeps_its_tokenizer(self) -> Self:
         source = self.pretrain.model.source
         if (
@@ -110,9 +139,31 @@ class Config(api.Config):
         return self
 
 
+def _check_window(cfg: Config) -> None:
+    """ValueError where a fresh speech model can't hear all that the corpus may hold."""
+    settings = cfg.pretrain.model.settings
+    for name in ("max_source_positions", "num_mel_bins"):
+        if name not in settings:
+            raise ValueError(
+                f"pretrain.model.architecture is {cfg.pretrain.model.architecture}, which does not "
+                "read Whisper's features: a fresh speech model is a whisper"
+            )
+    seconds, bins = settings["max_source_positions"] / 50, settings["num_mel_bins"]
+    if cfg.speech.max_seconds > seconds:
+        raise ValueError(
+            f"speech.max_seconds is {cfg.speech.max_seconds:g}, but a model of "
+            f"{settings['max_source_positions']} max_source_positions hears {seconds:g} s"
+        )
+    if cfg.tokens.speech.mel_bins != bins:
+        raise ValueError(
+            f"tokens.speech.mel_bins is {cfg.tokens.speech.mel_bins}, but "
+            f"pretrain.model.settings.num_mel_bins is {bins}"
+        )
+
+
 def build(cfg: Config) -> list[Any]:
     """Bind the chain; its ends are the finished bundles."""
-    corpus = prepare_text.bind(cfg.corpus, name="corpus", seed=cfg.seed)
+    corpus = _corpus(cfg)
     raw = None
     if cfg.pretrain_corpus is not None:
         raw = prepare_text.bind(cfg.pretrain_corpus, name="pretrain_corpus", seed=cfg.seed)
@@ -127,6 +178,15 @@ def build(cfg: Config) -> list[Any]:
         publish_text.bind(cfg.publish, node, result, name=f"bundle-{name}")
         for name, node in models.items()
     ]
+
+
+def _corpus(cfg: Config) -> Any:
+    """The task: prompts and answers, or recordings with their texts."""
+    if cfg.pretrain.model.family != "speech":
+        return prepare_text.bind(cfg.corpus, name="corpus", seed=cfg.seed)
+    where = {name: getattr(cfg.corpus, name) for name in ("paths", "eval_paths", "names")}
+    spoken = SpeechCorpusConfig(**{**cfg.speech.model_dump(), **where})
+    return prepare_speech.bind(spoken, name="corpus", seed=cfg.seed)
 
 
 def _pretraining_rows(cfg: Config, corpus: Any, raw: Any, rows: Any, words: Any) -> Any:

@@ -27,7 +27,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["FRAME_SHIFT", "SAMPLE_RATE", "features", "mel_filters", "window"]
+__all__ = ["FRAME_SHIFT", "SAMPLE_RATE", "features", "longest", "mel_filters", "window"]
 
 SAMPLE_RATE = 16_000
 """Hz."""
@@ -90,6 +90,11 @@ def features(waveforms: Sequence[Tensor], mel_bins: int = 80) -> list[Tensor]:
     loudest = energies.amax(dim=(1, 2), keepdim=True)
     scaled = (torch.maximum(energies, loudest - _RANGE) + 4.0) / 4.0
     return [row[:count].contiguous() for row, count in zip(scaled, counts, strict=True)]
+
+
+def longest(frames: int) -> int:
+    """Most frames that `features` gives of speech which fits a window of `frames`."""
+    return frames + 3  # half a frame beyond the end, and one of silence
 
 
 def window(features: Tensor, frames: int) -> Tensor:

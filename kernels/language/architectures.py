@@ -197,6 +197,25 @@ def longest_text(config: PreTrainedConfig) -> int | None:
     return None
 
 
+def speech_window(config: PreTrainedConfig) -> tuple[int, int]:
+    """Frames of 10 ms that a speech model always reads, and their mel bins.
+
+    The encoder of Whisper halves the frames by a stride of two before it gives them positions.
+    Raises ValueError for an architecture that reads anything else.
+    """
+    positions = getattr(config, "max_source_positions", None)
+    bins = getattr(config, "num_mel_bins", None)
+    if not isinstance(positions, int) or not isinstance(bins, int):
+        raise ValueError(f"'{config.model_type}' does not read Whisper's log-mel features")
+    return 2 * positions, bins
+
+
+def library_frozen(config: PreTrainedConfig, family: str) -> list[str]:
+    """Names of the parameters that the library keeps as they are: tables of sines, say."""
+    model = bare_model(config, family)
+    return [name for name, value in model.named_parameters() if not value.requires_grad]
+
+
 def settle(model: PreTrainedModel) -> None:
     """Give a model whose weights were loaded onto "meta" its tied weights and computed buffers.
 

@@ -75,7 +75,7 @@ def read_header(source: Path | bytes, limits: AudioLimits | None = None) -> Head
     if seconds < limits.min_seconds:
         raise AudioError(f"{seconds:.3f} s is shorter than {limits.min_seconds} s")
     if seconds > limits.max_seconds:
-        raise AudioError(f"{seconds:.0f} s is longer than {limits.max_seconds:.0f} s")
+        raise AudioError(f"{seconds:.2f} s is longer than {limits.max_seconds:g} s")
     if info.frames * info.channels > limits.max_samples:
         raise AudioError(
             f"{info.frames} samples in {info.channels} channels; at most {limits.max_samples} "

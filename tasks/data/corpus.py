@@ -33,6 +33,7 @@ _HOPELESS = {
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EINVAL, errno.EILSEQ)
 }
 DATASETS_PREFIX = "datasets://"
+_DATASETS_TEXT = ("text", "sentence", "transcription")  # what datasets call a transcript
 DATASETS_FILES = ("state.json", "dataset_dict.json")  # what `save_to_disk` leaves
 
 
@@ -424,5 +425,5 @@ def _read_datasets(reference: str, corpus: str) -> Iterator[Recording]:
             data=None if data is None else StoredAudio(only_audio, number, len(data)),
             speaker=None if speaker is None else str(speaker),
             sex=_text(row, "sex", place),
-            text=_text(row, "text", place),
+            text=_text(row, next((n for n in _DATASETS_TEXT if n in row), "text"), place),
         )

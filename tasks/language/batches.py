@@ -14,12 +14,14 @@ Rows of one document need no such mask: the batch has the usual one, (B, T).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from goldcrest.kernels.frontend.whisper_mel import window
+from goldcrest.tasks.data.speech_rows import SpeechRow
 from goldcrest.tasks.data.tokens import TokenRow
 
 NO_LOSS = -100
@@ -55,6 +57,23 @@ def seq2seq_batch(rows: Sequence[TokenRow], pad: int) -> Batch:
     }
 
 
+def speech_batch(rows: Sequence[SpeechRow], frames: int) -> Batch:
+    """Rows for a speech model.
+
+    Args:
+        rows: B rows.
+        frames: of the model's window, which is filled up with silence.
+
+    Returns:
+        input_features (B, M, `frames`) float32; labels (B, T) int64.
+    """
+    heard = [window(torch.from_numpy(row.features), frames) for row in rows]
+    return {
+        "input_features": torch.stack(heard),
+        "labels": _filled(rows, lambda row: row.answer, NO_LOSS),
+    }
+
+
 def masked_batch(
     rows: Sequence[TokenRow],
     pad: int,
@@ -86,14 +105,6 @@ def masked_batch(
     hidden = np.where(chosen & (fate >= 0.9), others, hidden)
     made["input_ids"], made["labels"] = torch.from_numpy(hidden), torch.from_numpy(labels)
     return _with_documents(made, rows, dtype, causal=False)
-
-
-def token_mask(batch: Mapping[str, Tensor]) -> Tensor:
-    """(B, T) bool: True on tokens, False on padding, for either form of mask."""
-    mask = batch["attention_mask"]
-    if mask.ndim == 2:
-        return mask.bool()
-    return mask[:, 0].diagonal(dim1=1, dim2=2) == 0  # padding does not see itself
 
 
 def _tokens(rows: Sequence[TokenRow], pad: int) -> Batch:

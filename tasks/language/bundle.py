@@ -141,20 +141,11 @@ def read_description(folder: Path | str) -> dict[str, Any]:
 
 
 def float_text_bundle(bundle: Artifact) -> tuple[Path, dict[str, Any]]:
-    """Folder and description of what a quantizer takes: float weights, and tokens as input.
-
-    Raises InputError for a bundle that is quantized already, and for a speech model: the rows that
-    a quantizer calibrates on are text.
-    """
+    """Folder and description of what a quantizer takes; InputError for codes in place of floats."""
     folder = verified(bundle)
     description = read_description(folder)
     if description.get("quantization") is not None:
         raise InputError(f"the bundle '{description['name']}' is quantized already")
-    if description["family"] == "speech":
-        raise InputError(
-            "quantizers calibrate on rows of tokens, and a speech model reads audio",
-            hint="quantize a causal, seq2seq or masked model",
-        )
     return folder, description
 
 

@@ -1,7 +1,8 @@
 """Evaluate: how well, how large and how fast the language models of a run are.
 
-    perplexity, bits per character   on token rows of a split: every model that reads text
-    task metrics                     on answers that are generated for prompts of that split
+    perplexity, bits per character   on token rows of a split: every model
+    task metrics                     on answers that are generated for prompts of that split, of a
+                                     speech model on what it hears in the audio
     sizes, latency, memory           of every bundle
 
 Quality has bootstrap intervals over examples (95 %), and beside `dense` the paired interval of the
@@ -19,7 +20,7 @@ answer, references: some to read), the figures quality_by_sparsity and quality_b
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -32,6 +33,7 @@ from goldcrest.tasks.language import quality
 from goldcrest.tasks.language.bundle import bundle_bytes, read_description, verified
 from goldcrest.tasks.language.examples import Example, Split, read_examples
 from goldcrest.tasks.language.generation import WRITERS, GenerationSettings
+from goldcrest.tasks.language.rows import open_rows, rows_file
 from goldcrest.tasks.language.speed import SpeedConfig, measure_speed
 
 if TYPE_CHECKING:
@@ -92,34 +94,35 @@ def evaluate_text(
         raise StepError("there is no model to evaluate", hint="name at least one bundle")
     folders = {name: verified(bundle) for name, bundle in models.items()}
     facts = {name: read_description(folder) for name, folder in folders.items()}
+    families = {each["family"] for each in facts.values()}
+    if "speech" in families and len(families) > 1:
+        raise StepError("a speech model and a model of text can't be evaluated on the same rows")
     found: dict[str, dict[str, Additive]] = {name: {} for name in folders}
-    for name, measured in _losses(cfg, tokens, folders, facts, out).items():
+    for name, measured in _losses(cfg, tokens, folders, "speech" in families, out).items():
         found[name].update(measured)
-    for name, measured in _answers(cfg, corpus, folders, facts, out).items():
+    for name, measured in _answers(cfg, corpus, tokens, folders, facts, out).items():
         found[name].update(measured)
     language = _report(cfg, found, out)
     sizes = _sizes(folders, facts)
     out.metrics(models=sizes)
     _figures(language, sizes, out)
     if cfg.speed is not None:
-        _measure_speed(cfg.speed, folders, facts, out)
+        _measure_speed(cfg.speed, folders, out)
 
 
 def _losses(
     cfg: EvaluateTextConfig,
     tokens: Artifact,
     folders: Mapping[str, Path],
-    facts: Mapping[str, Mapping[str, Any]],
+    speech: bool,
     out: Output,
 ) -> dict[str, dict[str, Additive]]:
-    """Perplexity, bits per character and entropy of every model that reads text."""
+    """Perplexity, bits per character and entropy of every model."""
     from goldcrest.kernels.metrics.additive import ratio
     from goldcrest.kernels.metrics.perplexity import bits_per, perplexity
-    from goldcrest.tasks.data.tokens import TokenReader
 
-    readers = [name for name in folders if facts[name]["family"] != "speech"]
-    path = tokens.file(f"{cfg.split}.arrow")
-    rows = _some(len(TokenReader(path)), cfg.loss_rows, [out.seed, 1])
+    path, readers = rows_file(tokens, cfg.split), list(folders)
+    rows = _some(len(open_rows(path, "speech" if speech else "")), cfg.loss_rows, [out.seed, 1])
     if len(rows) == 0:
         raise StepError(
             f"the split '{cfg.split}' has no token row to measure perplexity on",
@@ -160,26 +163,39 @@ def _loss_table(sums: Mapping[str, np.ndarray], rows: np.ndarray) -> pa.Table:
 def _answers(
     cfg: EvaluateTextConfig,
     corpus: Artifact,
+    tokens: Artifact,
     folders: Mapping[str, Path],
     facts: Mapping[str, Mapping[str, Any]],
     out: Output,
 ) -> dict[str, dict[str, Additive]]:
     """Task metrics of every model that writes text."""
-    writers = [name for name in folders if facts[name]["family"] in WRITERS]
+    writers = [name for name in folders if facts[name]["family"] in (*WRITERS, "speech")]
     wanted = cfg.examples if cfg.metrics else cfg.shown
     if not writers or wanted == 0:
         return {}
-    examples = _examples(cfg, corpus, wanted, out.seed)
-    prompts = [quality.prompt_of(each) for each in examples]
-    shards = [
-        quality.AnswerShard(
-            folders[name], tuple(part), cfg.generation, cfg.batch_prompts, _device(out)
-        )
-        for name in writers
-        for part in _parts(prompts, cfg.shard_rows)
-    ]
+    how = (cfg.generation, cfg.batch_prompts, _device(out))
+    answer: Callable[[Any], list[str]]
+    shards: list[Any]
+    if facts[writers[0]]["family"] == "speech":
+        path, places, examples = _utterances(cfg, corpus, tokens, wanted, out.seed)
+        prompts, parts = [""] * len(examples), _parts(places, cfg.shard_rows)
+        answer = quality.transcripts
+        shards = [
+            quality.SpeechShard(folders[name], path, part, *how)
+            for name in writers
+            for part in parts
+        ]
+    else:
+        examples = _examples(cfg, corpus, wanted, out.seed)
+        prompts = [quality.prompt_of(each) for each in examples]
+        parts, answer = _parts(prompts, cfg.shard_rows), quality.answers
+        shards = [
+            quality.AnswerShard(folders[name], tuple(part), *how)
+            for name in writers
+            for part in parts
+        ]
     out.progress(None, f"answers of {len(writers)} models to {len(prompts)} prompts")
-    done = out.runtime.map(quality.answers, shards, gpus=out.runtime.gpus, note="answers")
+    done = out.runtime.map(answer, shards, gpus=out.runtime.gpus, note="answers")
     texts = [text for part in done for text in part]
     by_model = {
         name: texts[place * len(prompts) : (place + 1) * len(prompts)]
@@ -209,6 +225,22 @@ def _examples(
             hint="leave `metrics` empty for plain text, or give the corpus prompts and answers",
         )
     return [known[place] for place in _some(len(known), wanted, [seed, 2])]
+
+
+def _utterances(
+    cfg: EvaluateTextConfig, corpus: Artifact, tokens: Artifact, wanted: int | None, seed: int
+) -> tuple[Path, np.ndarray, list[Example]]:
+    """Speech that is written down: the token file, places in it (n,), and their examples."""
+    path = rows_file(tokens, cfg.split)
+    reader = open_rows(path, "speech")
+    places = _some(len(reader), wanted, [seed, 2])
+    numbers = set(reader.examples[places].tolist())
+    chosen = {
+        number: example
+        for number, example in enumerate(read_examples(corpus, cfg.split))
+        if number in numbers
+    }
+    return path, places, [chosen[int(number)] for number in reader.examples[places]]
 
 
 def _score(
@@ -327,17 +359,11 @@ def _figures(
     out.figure("quality_by_size", figures.by_size(language, sizes, shown))
 
 
-def _measure_speed(
-    config: SpeedConfig,
-    folders: Mapping[str, Path],
-    facts: Mapping[str, Mapping[str, Any]],
-    out: Output,
-) -> None:
+def _measure_speed(config: SpeedConfig, folders: Mapping[str, Path], out: Output) -> None:
     """One model after the other, in one place: side by side they would slow each other down."""
-    timed = {name: path for name, path in folders.items() if facts[name]["family"] != "speech"}
     work = functools.partial(_time_all, config=config, device=_device(out))
     times = out.runtime.map(
-        work, [timed], cpus=config.threads, gpus=out.runtime.gpus, note="latency"
+        work, [dict(folders)], cpus=config.threads, gpus=out.runtime.gpus, note="latency"
     )
     (measured,) = times
     out.measure(models=measured)

@@ -1,6 +1,7 @@
 """Examples of a text corpus: a prompt, its answer, and for evaluation every answer that is right.
 
-What every later step reads. Plain text is an example without a prompt, whose answer is the text.
+What every later step reads. Plain text is an example without a prompt, whose answer is the text;
+of a speech corpus the answer is what was said, and the audio lies beside it (prepare_speech.py).
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class Example:
     """One row of a corpus.
 
     Training splits have a row for every answer, and no references. Evaluation splits have a row for
-    every prompt; `answer` is the first of its `references`. Plain text has neither.
+    every prompt; `answer` is the first of its `references`. Plain text has neither, a
+    transcript no prompt.
     """
 
     id: str
@@ -53,7 +55,7 @@ def read_examples(corpus: Artifact, split: Split) -> Iterator[Example]:
 
     for shard in corpus.shards(split):
         with pq.ParquetFile(shard) as file:
-            for batch in file.iter_batches(_ROWS):
+            for batch in file.iter_batches(_ROWS, columns=SCHEMA.names):
                 for row in batch.to_pylist():
                     references = tuple(row["references"])
                     yield Example(row["id"], row["prompt"], row["answer"], references)

@@ -19,7 +19,6 @@ from goldcrest.tasks.language.bundle import (
 )
 from goldcrest.tasks.language.recipe import (
     RecipeConfig,
-    check_lengths,
     float_bundle,
     load_trainable,
     read_text,
@@ -52,8 +51,8 @@ def finetune(cfg: FinetuneConfig, base: Artifact, tokens: Artifact, out: Output)
             f"the bundle '{description['name']}' is sparse: dense training would fill its zeros",
             hint="fine-tune the dense bundle, or go on with sparse fine-tuning",
         )
-    text = read_text(tokens, folder / "tokenizer", description["family"])
-    check_lengths(text, load_config(folder))
+    family, config = description["family"], load_config(folder)
+    text = read_text(tokens, folder / "tokenizer", family, config)
     objective = LanguageObjective(
         text,
         start=functools.partial(load_trainable, folder),

@@ -96,6 +96,8 @@ class Piece:
 class Generator:
     """Text from one loaded bundle."""
 
+    families: tuple[str, ...] = WRITERS
+
     def __init__(self, model: LanguageModel, *, batch_size: int = 16) -> None:
         """`batch_size` prompts run through the model together at most.
 
@@ -104,10 +106,10 @@ class Generator:
         from goldcrest.kernels.language.architectures import longest_text
 
         self.family: str = model.facts["family"]
-        if self.family not in WRITERS:
+        if self.family not in self.families:
             raise InputError(
                 f"a model of family '{self.family}' does not write text after a prompt",
-                hint="generation needs a causal or a sequence-to-sequence model",
+                hint=f"{type(self).__name__} takes models of {' and '.join(self.families)}",
             )
         self.bundle, self.tokenizer = model, model.tokenizer
         self.model: Any = model.model  # `generate` is mixed in by the library, untyped
@@ -176,7 +178,7 @@ class Generator:
             )
         return ids
 
-    def step_seconds(self, prompt: Sequence[int], new_tokens: int) -> list[float]:
+    def step_seconds(self, prompt: Any, new_tokens: int) -> list[float]:
         """Seconds that each of `new_tokens` tokens takes after a prompt, the first with prefill.
 
         Greedy, one prompt; the end-of-text token is never chosen, so that all models do the same.
@@ -214,7 +216,7 @@ class Generator:
 
     def _run(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Any],
         streams: Sequence[int],
         room: int,
         settings: GenerationSettings,
@@ -231,9 +233,9 @@ class Generator:
         from goldcrest.tasks.language import sampling, stopping
 
         inputs = self._inputs(prompts)
-        start = inputs["input_ids"].shape[1] if self.family == "causal" else 1
+        start = self._start(inputs)
         criteria = stopping.criteria(self.tokenizer, settings.stop, start, ended)
-        output = self.model.generate(
+        output = self._generate(
             **inputs,
             generation_config=self._config(room, settings, least),
             logits_processor=sampling.processors(settings, streams),
@@ -242,7 +244,16 @@ class Generator:
         )
         return [self._until_end(row) for row in output[:, start:].tolist()]
 
-    def _inputs(self, prompts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    def _start(self, inputs: dict[str, Tensor]) -> int:
+        """Place of the first new token in what the model gives back."""
+        return inputs["input_ids"].shape[1] if self.family == "causal" else 1
+
+    def _generate(self, **arguments: Any) -> Tensor:
+        """Tokens (B, T) of transformers' `generate`."""
+        made: Tensor = self.model.generate(**arguments)
+        return made
+
+    def _inputs(self, prompts: Sequence[Any]) -> dict[str, Tensor]:
         """Prompts as a batch: input_ids and attention_mask (B, P) int64."""
         import torch
 

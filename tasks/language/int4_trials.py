@@ -14,12 +14,14 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
-from goldcrest.tasks.data.tokens import TokenReader, TokenRow, cut
-from goldcrest.tasks.language.bundle import load_model, read_description
+from goldcrest.tasks.data.speech_rows import SpeechRow
+from goldcrest.tasks.data.tokens import TokenRow, cut
+from goldcrest.tasks.language.bundle import load_config, load_model, read_description
+from goldcrest.tasks.language.rows import open_rows, window_frames
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
 
 Metric = Literal["perplexity", "loss", "accuracy"]
 """What the search keeps within its tolerance; of these, accuracy alone is better when higher."""
+
+WITH_LABELS = ("seq2seq", "speech")
+"""Families whose models make the decoder's inputs of the labels."""
 
 PROMPT, DECODED = 32, 16
 """Tokens of the prompt and tokens decoded after it, for the latencies."""
@@ -54,8 +59,13 @@ class Material:
 
     @property
     def family(self) -> str:
-        """Of the model: causal, seq2seq or masked."""
+        """Of the model: causal, seq2seq, masked or speech."""
         return str(read_description(self.bundle)["family"])
+
+    @property
+    def positions(self) -> int:
+        """Of a speech model's encoder, whatever the row; 0 of others."""
+        return window_frames(load_config(self.bundle)) // 2 if self.family == "speech" else 0
 
     def load(self) -> Any:
         """The float model on its device."""
@@ -64,7 +74,7 @@ class Material:
 
     def calibration_batches(self) -> list[dict[str, Tensor]]:
         """A seeded choice of training rows, cut to length, one row a batch: nothing is padded."""
-        reader = TokenReader(self.train)
+        reader = open_rows(self.train, self.family)
         chosen = np.random.default_rng([self.seed, 4]).permutation(len(reader))[: self.calibration]
         return [
             self._collate([cut(reader[int(row)], self.length, self.family)], int(row))
@@ -73,13 +83,13 @@ class Material:
 
     def evaluation_batches(self) -> list[dict[str, Tensor]]:
         """The first validation rows in batches of alike lengths, about `batch_tokens` each."""
-        reader = TokenReader(self.validation)
+        reader = open_rows(self.validation, self.family)
         rows = sorted(
             range(min(self.evaluation, len(reader))), key=lambda r: int(reader.lengths[r])
         )
         groups: list[list[int]] = []
         for row in rows:  # the longest comes last
-            width = int(reader.lengths[row])
+            width = max(int(reader.lengths[row]), self.positions)
             if groups and (len(groups[-1]) + 1) * width <= self.batch_tokens:
                 groups[-1].append(row)
             else:
@@ -93,6 +103,8 @@ class Material:
             made = batches.causal_batch(rows, self.pad)
         elif self.family == "seq2seq":
             made = batches.seq2seq_batch(rows, self.pad)
+        elif self.family == "speech":
+            made = batches.speech_batch(cast(Sequence[SpeechRow], rows), 2 * self.positions)
         else:
             rng = np.random.default_rng([self.seed, 5, number])  # the same gaps in every trial
             assert self.mask is not None
@@ -196,7 +208,9 @@ def measure(
         for batch in batches:
             labels = batch["labels"]
             given = (
-                batch if family == "seq2seq" else {k: v for k, v in batch.items() if k != "labels"}
+                batch
+                if family in WITH_LABELS
+                else {k: v for k, v in batch.items() if k != "labels"}
             )
             logits = model(**given).logits.float()
             if family == "causal":
@@ -217,7 +231,7 @@ def latencies(model: nn.Module, material: Material) -> dict[str, float]:
 
     if material.family != "causal":
         return {}
-    reader = TokenReader(material.validation)
+    reader = open_rows(material.validation, material.family)
     row = reader[int(np.argmax(reader.lengths))]
     tokens = np.concatenate([row.prompt, row.answer])[:PROMPT]
     ids = torch.from_numpy(tokens.astype(np.int64))[None].to(material.device)

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -36,12 +36,14 @@ from goldcrest.kernels.language.losses import (
     decoder_inputs,
     predictions,
 )
+from goldcrest.kernels.language.padding import token_mask
+from goldcrest.tasks.data.speech_rows import SpeechRow
 from goldcrest.tasks.data.tokens import TokenReader, TokenRow
 from goldcrest.tasks.language.batches import (
     causal_batch,
     masked_batch,
     seq2seq_batch,
-    token_mask,
+    speech_batch,
 )
 
 Distillation = Literal["none", "logits", "squarehead", "feature_mse"]
@@ -53,7 +55,8 @@ _LARGEST_EXPONENT = 700.0  # e^709 is the end of float64: a diverged model has a
 class Text:
     """What is trained on, and how rows become batches.
 
-    `pad`, `mask` are token ids; `special` ids are never hidden from a masked model.
+    `pad`, `mask` are token ids; `special` ids are never hidden from a masked model; `frames` are
+    those of a speech model's window.
     """
 
     family: str
@@ -62,9 +65,12 @@ class Text:
     pad: int
     mask: int | None = None
     special: tuple[int, ...] = ()
+    frames: int = 0
 
     def batch(self, rows: list[TokenRow], rng: np.random.Generator) -> dict[str, Tensor]:
-        """Rows as a batch of the family: input_ids, attention_mask, labels, ... ."""
+        """Rows as a batch of the family: input_ids (input_features), attention_mask, labels, ..."""
+        if self.family == "speech":
+            return speech_batch(cast(list[SpeechRow], rows), self.frames)
         if self.family == "seq2seq":
             return seq2seq_batch(rows, self.pad)
         if self.family == "masked":
@@ -76,12 +82,12 @@ class Text:
 def model_inputs(model: Any, batch: Mapping[str, Tensor], pad: int) -> dict[str, Any]:
     """A batch as the model's keyword arguments, without labels: the loss is ours.
 
-    A float mask takes the precision of the model's weights.
+    Features, and a mask of numbers, take the precision of the model's weights.
     """
     parameters = inspect.signature(model.forward).parameters
     dtype = next(model.parameters()).dtype
     inputs: dict[str, Any] = {}
-    for name in ("input_ids", "attention_mask", "position_ids"):
+    for name in ("input_ids", "input_features", "attention_mask", "position_ids"):
         if name in batch and name in parameters:
             value = batch[name]
             inputs[name] = value.to(dtype) if value.is_floating_point() else value
@@ -94,11 +100,13 @@ def model_inputs(model: Any, batch: Mapping[str, Tensor], pad: int) -> dict[str,
 
 
 def feature_masks(model: nn.Module, batch: Mapping[str, Tensor]) -> list[Any]:
-    """The real tokens (B, T) of each block's output: an encoder's, a decoder's, or the only."""
+    """The real tokens (B, T) of each block's output: an encoder's, a decoder's, or the only.
+
+    None: all are. An encoder of speech reads windows of one length, silence and all.
+    """
     tokens = token_mask(batch)
-    decoder = batch["labels"] != NO_LOSS
     encoder_decoder = model.config.is_encoder_decoder  # type: ignore[union-attr]
-    return block_masks(model, tokens, decoder if encoder_decoder else tokens)
+    return block_masks(model, tokens, batch["labels"] != NO_LOSS if encoder_decoder else tokens)
 
 
 class LanguageObjective:
@@ -121,10 +129,13 @@ class LanguageObjective:
         self.evaluation_rows = evaluation_rows
 
     def build_model(self) -> nn.Module:
-        """The model that training starts from, all of it trainable."""
+        """The model that training starts from, all trainable but what the library keeps fixed."""
+        from goldcrest.kernels.language.architectures import library_frozen
         from goldcrest.tasks.language.models import checkpoint_activations
 
         model = self.start().train().requires_grad_(True)
+        for name in library_frozen(model.config, self.text.family):
+            model.get_parameter(name).requires_grad_(False)
         if self.activation_checkpointing:
             checkpoint_activations(model)
         return model

@@ -13,7 +13,6 @@ Artifact (see tasks/language/examples.py and splits.py):
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Self
 
@@ -32,6 +31,12 @@ from goldcrest.tasks.data.text import (
     read_rows,
     text_files,
 )
+from goldcrest.tasks.language.cleaning import (
+    Replacements,
+    check_replacements,
+    check_text,
+    replaced,
+)
 from goldcrest.tasks.language.examples import SCHEMA, SPLITS, Example, Split
 from goldcrest.tasks.language.splits import EvaluationRows, HoldOut, Item
 
@@ -49,7 +54,6 @@ KNOWN_FIELDS = (
     ("{source}\n", "{target}"),
     ("", "{text}"),
 )
-Replacements = tuple[tuple[str, str], ...]
 
 
 class EmbeddedTextConfig(Config):
@@ -134,11 +138,7 @@ class TextConfig(Config):
             Template(template or "")
         if self.answer is not None and not Template(self.answer).fields:
             raise ValueError(f"answer: '{self.answer}' names no field, e.g. {{answer}}")
-        for pattern, by in (*self.replace_in_prompt, *self.replace_in_answer):
-            try:
-                re.sub(pattern, by, "")
-            except (re.error, IndexError) as error:
-                raise ValueError(f"replacing '{pattern}' by '{by}': {error}") from error
+        check_replacements((*self.replace_in_prompt, *self.replace_in_answer))
         return self
 
 
@@ -284,15 +284,15 @@ class _Maker:
         if self._templates is None:
             self._templates = _known_templates(self._file, row)
         cfg, (prompt_template, answer_template) = self._cfg, self._templates
-        prompt = _replaced(prompt_template.render(row.fields, cfg.join), cfg.replace_in_prompt)
+        prompt = replaced(prompt_template.render(row.fields, cfg.join), cfg.replace_in_prompt)
         if prompt_template.fields:
-            _check_text("prompt", prompt, cfg.max_row_bytes)
+            check_text("prompt", prompt, cfg.max_row_bytes)
         rendered = answer_template.render_each(row.fields, cfg.join)
         if not rendered:
             raise FieldError("the list of answers is empty")
-        answers = [_replaced(text, cfg.replace_in_answer) for text in rendered]
+        answers = [replaced(text, cfg.replace_in_answer) for text in rendered]
         for answer in answers:
-            _check_text("answer", answer, cfg.max_row_bytes)
+            check_text("answer", answer, cfg.max_row_bytes)
         place = f"{self._file.name}:{row.line}"
         if len(answers) == 1:
             return [Item(place, prompt, answers[0])]
@@ -309,25 +309,6 @@ def _known_templates(file: TextFile, row: Row) -> tuple[Template, Template]:
         f"{', '.join(list(row.fields)[:20])} are none of the known ones",
         hint='say what to read, e.g. corpus.prompt="{question}\\n" and corpus.answer="{answer}"',
     )
-
-
-def _replaced(text: str, replacements: Replacements) -> str:
-    for pattern, by in replacements:
-        text = re.sub(pattern, by, text)
-    return text
-
-
-def _check_text(what: str, text: str, limit: int) -> None:
-    if not text.strip():
-        raise FieldError(f"the {what} is empty")
-    if "\0" in text:
-        raise FieldError(f"the {what} holds a NUL character")
-    try:
-        size = len(text.encode())
-    except UnicodeEncodeError:
-        raise FieldError(f"the {what} holds half a surrogate pair: not UTF-8 text") from None
-    if size > limit:
-        raise FieldError(f"the {what} is longer than {limit} bytes")
 
 
 def _training_items(

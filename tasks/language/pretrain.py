@@ -23,7 +23,6 @@ from goldcrest.tasks.language.models import (
 )
 from goldcrest.tasks.language.recipe import (
     RecipeConfig,
-    check_lengths,
     read_text,
     train,
     write_trained,
@@ -75,8 +74,7 @@ def pretrain(
         model = bare_model(config, cfg.model.family)
         if (said := load_generation(cfg.model)) is not None:
             model.generation_config = said
-        text = read_text(tokens, folder, cfg.model.family)
-        check_lengths(text, config)
+        text = read_text(tokens, folder, cfg.model.family, config)
         objective = LanguageObjective(
             text,
             start=functools.partial(build_model, cfg.model, config),

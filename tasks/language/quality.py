@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -76,10 +76,11 @@ class LossShard:
 
 def row_losses(shard: LossShard) -> np.ndarray:
     """(n, 5) float64 by row: NLL and entropy in nats; tokens, characters, bytes."""
-    from goldcrest.tasks.data.tokens import TokenReader
+    from goldcrest.tasks.language.rows import check_speech, open_rows
 
     bundle = load_on(shard.folder, shard.device)
-    reader = TokenReader(shard.tokens)
+    reader = open_rows(shard.tokens, bundle.facts["family"])
+    check_speech(reader, bundle.model.config)
     found = np.zeros((len(shard.rows), 5))
     # Rows of similar length share a batch: less padding.
     order = np.argsort([-reader.lengths[row] for row in shard.rows], kind="stable")
@@ -97,7 +98,14 @@ def loss_batch(bundle: LanguageModel, rows: Sequence[TokenRow]) -> dict[str, Ten
     """Rows of a token file as the bundle's family reads them, with labels (B, T)."""
     import torch
 
-    from goldcrest.tasks.language.batches import causal_batch, masked_batch, seq2seq_batch
+    from goldcrest.tasks.data.speech_rows import SpeechRow
+    from goldcrest.tasks.language.batches import (
+        causal_batch,
+        masked_batch,
+        seq2seq_batch,
+        speech_batch,
+    )
+    from goldcrest.tasks.language.rows import window_frames
 
     family, tokenizer = bundle.facts["family"], bundle.tokenizer
     pad = tokenizer.pad_token_id or 0
@@ -105,10 +113,12 @@ def loss_batch(bundle: LanguageModel, rows: Sequence[TokenRow]) -> dict[str, Ten
         return seq2seq_batch(rows, pad)
     if family == "causal":
         return causal_batch(rows, pad, dtype=bundle.model.dtype)
-    if family != "masked" or tokenizer.mask_token_id is None:
+    if family == "speech":
+        return speech_batch(cast(Sequence[SpeechRow], rows), window_frames(bundle.model.config))
+    if tokenizer.mask_token_id is None:
         raise InputError(
             f"the model {bundle.facts['name']} of family '{family}' can't be scored on text",
-            hint="a masked model needs a tokenizer with a mask token; a speech model needs speech",
+            hint="a masked model needs a tokenizer with a mask token",
         )
     # Every token is asked for (a share of 1), so what the batch hid is all in its labels.
     batch = masked_batch(
@@ -128,7 +138,7 @@ def batch_sums(bundle: LanguageModel, batch: dict[str, Tensor]) -> RowSums:
     """Losses and entropies of a batch, by the bundle's family."""
     from goldcrest.kernels.metrics import perplexity
 
-    if bundle.facts["family"] == "seq2seq":
+    if bundle.facts["family"] in ("seq2seq", "speech"):
         return perplexity.seq2seq_sums(bundle.model, batch)
     if bundle.facts["family"] == "masked":
         return perplexity.masked_sums(bundle.model, batch, bundle.tokenizer.mask_token_id)
@@ -153,6 +163,33 @@ def answers(shard: AnswerShard) -> list[str]:
     bundle = load_on(shard.folder, shard.device)
     generator = Generator(bundle, batch_size=shard.batch_size)
     return [each.text for each in generator.generate(shard.prompts, shard.settings)]
+
+
+@dataclass(frozen=True)
+class SpeechShard:
+    """Utterances that one worker has one bundle write down: rows of a token file."""
+
+    folder: Path
+    tokens: Path
+    rows: np.ndarray  # (n,) places in the token file
+    settings: GenerationSettings
+    batch_size: int
+    device: str
+
+
+def transcripts(shard: SpeechShard) -> list[str]:
+    """What the bundle hears in every utterance."""
+    from goldcrest.tasks.data.speech_rows import SpeechReader
+    from goldcrest.tasks.language.transcription import Transcriber
+
+    transcriber = Transcriber(load_on(shard.folder, shard.device), batch_size=shard.batch_size)
+    reader = SpeechReader(shard.tokens)
+    found: list[str] = []
+    for start in range(0, len(shard.rows), shard.batch_size):
+        places = shard.rows[start : start + shard.batch_size]
+        heard = [reader[int(place)].features for place in places]
+        found += [each.text for each in transcriber.transcribe(heard, shard.settings)]
+    return found
 
 
 def prompt_of(example: Example) -> str:

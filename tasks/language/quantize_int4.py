@@ -35,6 +35,7 @@ from goldcrest.tasks.language.bundle import (
     read_description,
     write_bundle,
 )
+from goldcrest.tasks.language.rows import check_speech, open_rows, rows_file
 from goldcrest.tasks.language.tokenizer import load_tokenizer, tokenizer_folder
 from goldcrest.tasks.methods import complete_method
 
@@ -99,7 +100,10 @@ class Int4Config(Config):
         (), description="also write the model in these layouts of other runtimes, e.g. gptq"
     )
     batch_tokens: int = Field(
-        4096, ge=1, description="tokens per batch of the metric's forward passes"
+        4096,
+        ge=1,
+        description="tokens per batch of the metric's forward passes; a speech model's are the "
+        "positions of its encoder",
     )
     cpus: Annotated[float, DoesNotChangeResult] = Field(
         1.0, gt=0, description="CPU cores of a trial"
@@ -179,12 +183,12 @@ def quantize_int4(cfg: Int4Config, model: Artifact, tokens: Artifact, out: Outpu
 
 def _material(cfg: Int4Config, model: Artifact, tokens: Artifact, out: Output) -> Material:
     """What the trials work on, checked."""
-    from goldcrest.tasks.data.tokens import TokenReader
-
     folder, description = float_text_bundle(model)
-    paths = {split: tokens.file(f"{split}.arrow") for split in ("train", "validation")}
+    paths = {split: rows_file(tokens, split) for split in ("train", "validation")}
     for split, path in paths.items():
-        if len(TokenReader(path)) == 0:
+        reader = open_rows(path, description["family"])
+        check_speech(reader, load_config(folder))
+        if len(reader) == 0:
             raise StepError(
                 f"the tokens have no {split} rows, which are needed to "
                 + ("calibrate on" if split == "train" else "measure the model on")

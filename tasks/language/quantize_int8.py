@@ -24,12 +24,14 @@ from goldcrest.tasks.language.bundle import (
     load_model,
     write_bundle,
 )
+from goldcrest.tasks.language.rows import check_speech, open_rows, rows_file, window_frames
 from goldcrest.tasks.language.tokenizer import load_tokenizer, tokenizer_folder
 from goldcrest.tasks.methods import SettingsOf, settings_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
+    from transformers import PreTrainedConfig
 
 
 _KERNEL = "goldcrest.kernels.quantization.int8_transformer"
@@ -56,7 +58,7 @@ def quantize_int8(cfg: QuantizeInt8Config, model: Artifact, tokens: Artifact, ou
     folder, before = float_text_bundle(model)
     config = load_config(folder)
     network = load_model(folder).float()
-    given = _batches(cfg, before["family"], model, tokens, out.seed)
+    given = _batches(cfg, before["family"], config, model, tokens, out.seed)
     out.progress(0.1, f"{len(given)} calibration batches")
     told = {"loss": {"float": _loss(network, given)}}
     try:
@@ -92,13 +94,19 @@ def quantize_int8(cfg: QuantizeInt8Config, model: Artifact, tokens: Artifact, ou
 
 
 def _batches(
-    cfg: QuantizeInt8Config, family: str, model: Artifact, tokens: Artifact, seed: int
+    cfg: QuantizeInt8Config,
+    family: str,
+    config: PreTrainedConfig,
+    model: Artifact,
+    tokens: Artifact,
+    seed: int,
 ) -> list[dict[str, Tensor]]:
     """A seeded sample of the training rows, cut to length, rows of alike lengths together."""
-    from goldcrest.tasks.data.tokens import TokenReader, cut
+    from goldcrest.tasks.data.tokens import cut
     from goldcrest.tasks.language import batches
 
-    reader = TokenReader(tokens.file("train.arrow"))
+    reader = open_rows(rows_file(tokens, "train"), family)
+    check_speech(reader, config)
     if not len(reader):
         raise StepError("the tokens have no training rows, which are needed to calibrate on")
     rng = np.random.default_rng([seed, 8])
@@ -109,6 +117,8 @@ def _batches(
     pad = tokenizer.pad_token_id or 0
 
     def collate(some: list[Any]) -> dict[str, Tensor]:
+        if family == "speech":
+            return batches.speech_batch(some, window_frames(config))
         if family == "seq2seq":
             return batches.seq2seq_batch(some, pad)
         if family == "causal":

@@ -20,6 +20,7 @@ from goldcrest.cluster.api import (
 )
 from goldcrest.tasks.history import history_figure
 from goldcrest.tasks.language.bundle import write_bundle
+from goldcrest.tasks.language.rows import check_speech, open_rows, rows_file, window_frames
 from goldcrest.tasks.language.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -41,21 +42,14 @@ class RecipeConfig(Config):
     )
 
 
-def read_text(tokens: Artifact, tokenizer: Path, family: str) -> Text:
-    """The rows of a tokens artifact for a model of the family.
+def read_text(tokens: Artifact, tokenizer: Path, family: str, config: PreTrainedConfig) -> Text:
+    """The rows of a tokens artifact for a model of the family and of that configuration.
 
-    Raises InputError where they were made for another family, are none, or where the family needs
-    what the tokenizer or this version lacks.
+    Raises InputError where they were made for another family, are none, do not fit the model's
+    positions, or where the family needs what the tokenizer or this version lacks.
     """
-    from goldcrest.tasks.data.tokens import TokenReader
     from goldcrest.tasks.language.objective import Text
 
-    if family == "speech":
-        raise InputError(
-            "a speech model can be loaded and evaluated, but not trained: there is no step yet "
-            "that makes rows of audio features and text",
-            hint="choose the family causal, seq2seq or masked",
-        )
     made_for = tokens.json("facts")["family"]
     if made_for != family:
         raise InputError(
@@ -69,21 +63,26 @@ def read_text(tokens: Artifact, tokenizer: Path, family: str) -> Text:
             hint='set tokenizer.mask to "<mask>"',
         )
     train, validation = (
-        TokenReader(tokens.file(f"{split}.arrow")) for split in ("train", "validation")
+        open_rows(rows_file(tokens, split), family) for split in ("train", "validation")
     )
     if len(train) == 0:
         raise StepError("the tokens hold no training rows", hint="look at the corpus")
-    return Text(
+    text = Text(
         family=family,
         train=train,
         validation=validation,
         pad=found.pad_token_id,
         mask=found.mask_token_id,
         special=tuple(found.all_special_ids),
+        frames=window_frames(config) if family == "speech" else 0,
     )
+    _check_lengths(text, config)
+    for reader in (train, validation):
+        check_speech(reader, config)
+    return text
 
 
-def check_lengths(text: Text, config: PreTrainedConfig) -> None:
+def _check_lengths(text: Text, config: PreTrainedConfig) -> None:
     """InputError for rows that are longer than what the model has positions for."""
     from goldcrest.kernels.language.architectures import longest_text
 

@@ -33,7 +33,6 @@ from goldcrest.tasks.language.bundle import (
 )
 from goldcrest.tasks.language.recipe import (
     RecipeConfig,
-    check_lengths,
     float_bundle,
     load_trainable,
     read_text,
@@ -197,8 +196,8 @@ def sparse_finetune_text(
     description = read_description(folder)
     for artifact in (start, dense):
         float_bundle(read_description(artifact.path), artifact)
-    text = read_text(tokens, folder / "tokenizer", description["family"])
-    check_lengths(text, load_config(folder))
+    family, config = description["family"], load_config(folder)
+    text = read_text(tokens, folder / "tokenizer", family, config)
     out.progress(0.0, f"{cfg.method} to {cfg.sparsity:.0%}")
     pruned = out.scratch / "pruned"
     if not (pruned / _DONE).is_file():  # else a run that was killed has pruned already
@@ -301,7 +300,7 @@ def calibration_batches(
     """A seeded sample of training rows as the model's inputs, with the token masks (B, T) of what
     an encoder and what a decoder (or the only stack) reads; rows of like length together."""
     from goldcrest.kernels.language.losses import NO_LOSS
-    from goldcrest.tasks.language.batches import token_mask
+    from goldcrest.kernels.language.padding import token_mask
     from goldcrest.tasks.language.objective import model_inputs
 
     rng = np.random.default_rng([seed, 7])
@@ -314,5 +313,5 @@ def calibration_batches(
         inputs.append(model_inputs(model, batch, text.pad))
         source.append(token_mask(batch))
         decoder = batch["labels"] != NO_LOSS
-        target.append(decoder if text.family == "seq2seq" else token_mask(batch))
+        target.append(decoder if model.config.is_encoder_decoder else token_mask(batch))
     return inputs, source, target

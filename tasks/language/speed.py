@@ -8,7 +8,8 @@ pages: only a process that has done nothing else tells what a bundle needs. Run 
 One prompt, greedy, no beams: `first_token_ms` is the time from the prompt to the first token
 (prefill; the encoder too), `next_token_ms` the median of the steps after it, `tokens_per_second`
 the new tokens over the whole time. A masked model has no next token: `first_token_ms` is then one
-pass over the prompt and `tokens_per_second` its tokens over that time.
+pass over the prompt and `tokens_per_second` its tokens over that time. A speech model hears noise
+for as long as its window is, and writes after the tokens that begin every transcript.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ from pydantic import Field
 from goldcrest.cluster.api import Config, StepError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from goldcrest.tasks.language.bundle import LanguageModel
+    from goldcrest.tasks.language.transcription import Transcriber
 
 
 class SpeedConfig(Config):
@@ -68,6 +72,7 @@ def measure_here(folder: Path, config: SpeedConfig, device: str) -> dict[str, fl
     from goldcrest.tasks.language import generation
     from goldcrest.tasks.language.bundle import read_description
     from goldcrest.tasks.language.quality import load_on
+    from goldcrest.tasks.language.transcription import Transcriber
 
     family = read_description(folder)["family"]
     import torch
@@ -79,9 +84,13 @@ def measure_here(folder: Path, config: SpeedConfig, device: str) -> dict[str, fl
     start = time.perf_counter()
     bundle = load_on(folder, device)
     loaded = time.perf_counter() - start
-    prompt = _prompt(bundle, config)
+    prompt = [] if family == "speech" else _prompt(bundle, config)
     if family in generation.WRITERS:
         times = _time_writer(generation.Generator(bundle), prompt, config)
+    elif family == "speech":
+        transcriber = Transcriber(bundle)
+        times = _time_writer(transcriber, _noise(transcriber), config)
+        prompt = transcriber.begin
     else:
         times = _time_reader(bundle, prompt, config)
     return {
@@ -94,7 +103,7 @@ def measure_here(folder: Path, config: SpeedConfig, device: str) -> dict[str, fl
     }
 
 
-def _time_writer(generator: Any, prompt: list[int], config: SpeedConfig) -> dict[str, float]:
+def _time_writer(generator: Any, prompt: Any, config: SpeedConfig) -> dict[str, float]:
     """Times of a model that writes token by token."""
     first, following, whole = [], [], []
     for turn in range(config.repeats + 1):
@@ -109,6 +118,14 @@ def _time_writer(generator: Any, prompt: list[int], config: SpeedConfig) -> dict
         "tokens_per_second": config.new_tokens / statistics.median(whole),
         "new_tokens": config.new_tokens,
     }
+
+
+def _noise(transcriber: Transcriber) -> np.ndarray:
+    """Features (T, M) of a whole window: what is heard does not matter to the clock."""
+    import numpy as np
+
+    shape = (transcriber.frames, transcriber.mel_bins)
+    return np.random.default_rng(0).random(shape, np.float32)
 
 
 def _time_reader(bundle: LanguageModel, prompt: list[int], config: SpeedConfig) -> dict[str, float]:

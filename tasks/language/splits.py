@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -42,6 +42,28 @@ def place_of(key: bytes, seed: int) -> float:
     """A number in [0, 1) that depends on the key and the seed alone, evenly spread over keys."""
     digest = hashlib.blake2b(key, digest_size=8, salt=seed.to_bytes(8, "big", signed=True))
     return int.from_bytes(digest.digest(), "big") / 2.0**64
+
+
+def sides(keys: Iterable[str], shares: Mapping[Split, float], seed: int) -> dict[str, Split]:
+    """The split of every key of a list that is in memory, by its place.
+
+    `shares` of the keys are held out. An evaluation split that gets none is given the key with the
+    smallest place, as long as another one is left to train.
+    """
+    places = {key: place_of(key.encode(), seed) for key in keys}
+    found: dict[str, Split] = {}
+    for key in sorted(places, key=lambda each: (places[each], each)):
+        found[key], place = "train", places[key]
+        for split, share in shares.items():
+            if place < share:
+                found[key] = split
+                break
+            place -= share
+    for split, share in shares.items():
+        training = [key for key, side in found.items() if side == "train"]
+        if share > 0 and split not in found.values() and len(training) > 1:
+            found[training[0]] = split
+    return found
 
 
 class EvaluationRows:

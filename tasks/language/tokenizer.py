@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 _BYTES = 256
 _FACT_ROWS = 1000  # of the validation split, for bytes per token
+_START = "<|startoftranscript|>"  # Whisper's
 _NEVER = 1 << 62  # for `model_max_length`: the model's own limit is in the model's config
 
 
@@ -66,6 +67,12 @@ class TokenizerConfig(Config):
         None, description="load: commit or tag on the hub; give a commit, names move"
     )
 
+    prefix: tuple[str, ...] = Field(
+        (),
+        description="load, speech: special tokens that begin every transcript after the model's "
+        "start token, e.g. <|hi|>, <|transcribe|>, <|notimestamps|>; none: the tokenizer's own",
+    )
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if (self.method == "load") != ((self.path is None) != (self.hub is None)):
@@ -74,6 +81,8 @@ class TokenizerConfig(Config):
             )
         if self.revision is not None and self.hub is None:
             raise ValueError("revision: only names on the hub have revisions")
+        if self.prefix and self.method != "load":
+            raise ValueError("prefix: only a tokenizer that is loaded has such tokens")
         if len(set(self.special)) != len(self.special):
             raise ValueError(f"the special tokens must differ: {', '.join(self.special)}")
         return self
@@ -140,6 +149,30 @@ def encode_plain(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> li
         return list(backend.encode_batch(list(texts), add_special_tokens=False))
     finally:
         backend.encode_special_tokens = before
+
+
+def transcript_prefix(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Ids that begin every transcript after the model's start token: what the tokenizer itself puts
+    before a text, but the start of the transcript, which the model's config names."""
+    ids = list(tokenizer.backend_tokenizer.encode("").ids)
+    if ids and ids[-1] == tokenizer.eos_token_id:
+        ids = ids[:-1]
+    return ids[1:] if ids and tokenizer.convert_ids_to_tokens(ids[0]) == _START else ids
+
+
+def _begin_with(tokenizer: PreTrainedTokenizerFast, prefix: Sequence[str]) -> None:
+    """Make the tokenizer put `prefix` before a text, and eos behind it (its file then says so)."""
+    from tokenizers.processors import TemplateProcessing
+
+    known = tokenizer.get_vocab()
+    strange = [each for each in prefix if each not in known]
+    if strange:
+        raise InputError(f"tokenizer.prefix: the tokenizer has no token '{strange[0]}'")
+    eos = str(tokenizer.eos_token)
+    special = [(each, known[each]) for each in (*prefix, eos)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=[*prefix, "$A", eos], special_tokens=special
+    )
 
 
 def _trained(cfg: TokenizerConfig, corpora: Sequence[Artifact]) -> PreTrainedTokenizerFast:
@@ -226,6 +259,8 @@ def _load(cfg: TokenizerConfig) -> PreTrainedTokenizerFast:
             f"the tokenizer of {cfg.path or cfg.hub} has no token that ends a text (eos)",
             hint="a model can't learn where an answer ends: take another tokenizer, or train one",
         )
+    if cfg.prefix:
+        _begin_with(loaded, cfg.prefix)
     if loaded.pad_token is None:
         loaded.pad_token = loaded.eos_token  # padding is masked: any token will do
     return loaded

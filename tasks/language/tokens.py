@@ -7,9 +7,11 @@ counted.
     causal    [bos] prompt | answer [eos]         packed: [bos] text [eos] [bos] text [eos] ...
     seq2seq   prompt [eos] -> answer [eos]        encoder's input -> labels
     masked    packed, as above
+    speech    audio -> [prefix] text [eos]        tasks/language/speech_tokens.py
 
 Artifact:
     train.arrow, validation.arrow, test.arrow     see tasks/data/tokens.py
+    train.features.arrow, ...                     speech: see tasks/data/speech_rows.py
     facts                                         rows, tokens, characters and bytes per split
 """
 
@@ -42,17 +44,32 @@ if TYPE_CHECKING:
 
 _BATCH_BYTES = 2 << 20  # of text, handed to one worker at a time
 _BATCH_ROWS = 2048
-_EMPTY = np.zeros(0, np.int32)
+
+
+class SpeechFeaturesConfig(Config):
+    """What a speech model hears."""
+
+    mel_bins: int = Field(
+        80,
+        ge=1,
+        description="mel bins of a frame: the model's num_mel_bins (large-v3 Whisper: 128)",
+    )
+    dtype: Literal["float16", "float32"] = Field(
+        "float16", description="precision of features on disk; they lie between -1.5 and about 2"
+    )
 
 
 class TokensConfig(Config):
     """How examples become rows of tokens."""
 
-    family: Literal["causal", "seq2seq", "masked"] = Field(
+    family: Literal["causal", "seq2seq", "masked", "speech"] = Field(
         "causal", description="kind of model that the rows are for"
     )
     length: int = Field(
-        256, ge=2, description="greatest length of a row; seq2seq: of the encoder's input (tokens)"
+        256,
+        ge=2,
+        description="greatest length of a row; seq2seq: of the encoder's input; speech: of the "
+        "labels (tokens)",
     )
     answer_length: int | None = Field(
         None, ge=2, description="seq2seq: greatest length of the labels (tokens); None: `length`"
@@ -70,6 +87,9 @@ class TokensConfig(Config):
     bos: bool = Field(
         True, description="begin texts with the tokenizer's bos, if it has one (not seq2seq)"
     )
+    speech: SpeechFeaturesConfig = Field(
+        SpeechFeaturesConfig(), description="speech: features of the audio"
+    )
     workers_cpus: Annotated[float, DoesNotChangeResult] = Field(
         1.0, gt=0, description="CPU cores of each worker that encodes"
     )
@@ -79,6 +99,22 @@ class TokensConfig(Config):
 def tokens(cfg: TokensConfig, corpus: Artifact, tokenizer: Artifact, out: Output) -> None:
     """Encode, pack and write every split (see the module docstring)."""
     folder = str(tokenizer_folder(tokenizer))
+    write = _write_speech if cfg.family == "speech" else _write_text
+    facts = write(cfg, corpus, folder, out)
+    _check(facts["train"], cfg)
+    out.json("facts", {"family": cfg.family, "length": cfg.length, "splits": facts})
+    out.metrics(tokens=facts)
+    out.figure("lengths", _length_figure(out.path, cfg))
+
+
+def _write_speech(cfg: TokensConfig, corpus: Artifact, folder: str, out: Output) -> dict[str, Any]:
+    from goldcrest.tasks.language.speech_tokens import write_speech
+
+    return write_speech(cfg, corpus, folder, out)
+
+
+def _write_text(cfg: TokensConfig, corpus: Artifact, folder: str, out: Output) -> dict[str, Any]:
+    """Encode, pack and write every split of a corpus of texts."""
     encode = functools.partial(encode_batch, folder=folder, bos=cfg.bos, family=cfg.family)
     total = sum(count_examples(corpus, split) for split in SPLITS)
     facts: dict[str, dict[str, int]] = {}
@@ -94,10 +130,7 @@ def tokens(cfg: TokensConfig, corpus: Artifact, tokenizer: Artifact, out: Output
                 out.progress(done / max(total, 1), f"{done} examples")
             rows.close()
         facts[split] = rows.facts
-    _check(facts["train"], cfg)
-    out.json("facts", {"family": cfg.family, "length": cfg.length, "splits": facts})
-    out.metrics(tokens=facts)
-    out.figure("lengths", _length_figure(out.path, cfg))
+    return facts
 
 
 def _text_batches(corpus: Artifact, split: Split) -> Iterator[list[tuple[str, str]]]:
@@ -115,7 +148,8 @@ def _text_batches(corpus: Artifact, split: Split) -> Iterator[list[tuple[str, st
 
 
 @functools.lru_cache(maxsize=2)
-def _loaded(folder: str) -> PreTrainedTokenizerFast:
+def loaded_tokenizer(folder: str) -> PreTrainedTokenizerFast:
+    """The tokenizer in a folder, read once in a process."""
     return load_tokenizer(Path(folder))
 
 
@@ -123,21 +157,24 @@ def encode_batch(
     texts: Sequence[tuple[str, str]], *, folder: str, bos: bool, family: str
 ) -> list[tuple[EncodedText, EncodedText]]:
     """Prompts and answers as tokens, with bos and eos where the family has them; on a worker."""
-    tokenizer = _loaded(folder)
+    tokenizer = loaded_tokenizer(folder)
     begin = [] if tokenizer.bos_token_id is None or not bos else [tokenizer.bos_token_id]
     end = [tokenizer.eos_token_id]
     prompts, answers = [prompt for prompt, _ in texts], [answer for _, answer in texts]
     if family == "seq2seq":
-        encoded = _encoded(tokenizer, prompts, [], end)
+        encoded = encoded_texts(tokenizer, prompts, [], end)
     else:
-        encoded = _encoded(tokenizer, prompts, begin, [])
-    return list(zip(encoded, _encoded(tokenizer, answers, [], end), strict=True))
+        encoded = encoded_texts(tokenizer, prompts, begin, [])
+    return list(zip(encoded, encoded_texts(tokenizer, answers, [], end), strict=True))
 
 
-def _encoded(
+def encoded_texts(
     tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], begin: list[int], end: list[int]
 ) -> list[EncodedText]:
-    """Texts as tokens; the last token's ends are those of the text, whatever a normaliser did."""
+    """Texts as tokens, between those that begin and end each.
+
+    The last token's ends are those of the text, whatever a normaliser did.
+    """
     encoded = []
     for text, found in zip(texts, encode_plain(tokenizer, texts), strict=True):
         ends = np.zeros(len(begin) + len(found) + len(end), np.int64)
@@ -212,7 +249,7 @@ class _RowMaker:
         question = prompt.tokens
         if len(question) > limits[0]:  # an encoder's input still ends in eos
             question = np.append(question[: limits[0] - 1], question[-1:])
-        row = TokenRow(question, answer.tokens[:kept], _EMPTY)
+        row = TokenRow(question, answer.tokens[:kept])
         self._write(row, number, int(answer.characters[kept - 1]), int(answer.bytes[kept - 1]))
 
     def _write(self, row: TokenRow, example: int, characters: int, size: int) -> None:

@@ -34,12 +34,10 @@ from goldcrest.tasks.data.corpus import (
     read_corpora,
     refuse_shared_audio,
 )
+from goldcrest.tasks.data.recording_chunks import chunks
 from goldcrest.tasks.methods import SettingsOf, settings_of
 
 Split = Literal["train", "eval"]
-_CHUNK_BYTES = 16 << 20  # encoded audio handed to one worker at a time
-_CHUNK_FILES = 256
-_CHUNK_SECONDS = 1800.0  # of decoded audio, 58 MB: what one worker gives back at once
 _FRONTEND = "goldcrest.kernels.frontend"
 
 FACTS = pa.schema(
@@ -164,39 +162,10 @@ def _of(
 
 
 def _chunks(recordings: Sequence[Recording], splits: Sequence[Split]) -> Iterator[_Job]:
-    """Jobs of bounded size, encoded and decoded; audio in tables is read as they are taken."""
-    chosen: list[Recording] = []
-    size, seconds = 0, 0.0
-    for place, stored in enumerate(recordings, 1):
-        recording = stored.in_memory()
-        chosen.append(recording)
-        size += _encoded_bytes(recording)
-        seconds += _header_seconds(recording)
-        full = size >= _CHUNK_BYTES or len(chosen) >= _CHUNK_FILES or seconds >= _CHUNK_SECONDS
-        if full or place == len(recordings):
-            yield _Job(chosen, splits[place - len(chosen) : place])
-            chosen, size, seconds = [], 0, 0.0
-
-
-def _encoded_bytes(recording: Recording) -> int:
-    if recording.problem is not None:
-        return 0
-    if isinstance(recording.data, bytes):
-        return len(recording.data)
-    try:
-        return recording.path.stat().st_size
-    except OSError:
-        return 0  # the worker says why
-
-
-def _header_seconds(recording: Recording) -> float:
-    """What a recording will be when it is decoded: a few bytes may hold hours."""
-    if recording.problem is not None:
-        return 0.0
-    try:
-        return audio.read_header(recording.source()).seconds
-    except audio.AudioError:
-        return 0.0  # the worker says why
+    done = 0
+    for chosen in chunks(recordings):
+        yield _Job(chosen, splits[done : done + len(chosen)])
+        done += len(chosen)
 
 
 def hold_out_speakers(recordings: Sequence[Recording], share: float, seed: int) -> list[Split]:

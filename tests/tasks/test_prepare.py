@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from goldcrest.cluster.api import InputError, StepError
-from goldcrest.tasks.data import audio
+from goldcrest.tasks.data import audio, recording_chunks
 from goldcrest.tasks.data.audio import from_pcm16
 from goldcrest.tasks.data.corpus import Recording, StoredAudio, read_corpora
 from goldcrest.tasks.speaker import prepare as prepare_step
@@ -89,7 +89,7 @@ def test_jobs_are_bounded_by_what_their_files_decode_to(
     assert sum((tmp_path / r.path).stat().st_size for r in recordings) < 100_000
     (job,) = prepare_step._chunks(recordings, ["train"] * 7)
     assert len(job.recordings) == 7
-    monkeypatch.setattr(prepare_step, "_CHUNK_SECONDS", 60.0)
+    monkeypatch.setattr(recording_chunks, "_CHUNK_SECONDS", 60.0)
     jobs = list(prepare_step._chunks(recordings, list("abcdefg")))  # type: ignore[arg-type]
     assert [len(job.recordings) for job in jobs] == [2, 2, 2, 1]
     assert [list(job.splits) for job in jobs] == [["a", "b"], ["c", "d"], ["e", "f"], ["g"]]
@@ -107,7 +107,7 @@ def test_audio_in_tables_is_read_job_by_job(
     read: list[int] = []
     plain = StoredAudio.read
     monkeypatch.setattr(StoredAudio, "read", lambda self: read.append(self.row) or plain(self))
-    monkeypatch.setattr(prepare_step, "_CHUNK_FILES", 5)
+    monkeypatch.setattr(recording_chunks, "_CHUNK_FILES", 5)
     jobs = prepare_step._chunks(recordings, ["train"] * 12)
     first = next(jobs)
     assert read == [0, 1, 2, 3, 4]

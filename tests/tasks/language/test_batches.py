@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from goldcrest.kernels.language.padding import token_mask
 from goldcrest.tasks.data.tokens import TokenRow
 from goldcrest.tasks.language.batches import (
     NO_LOSS,
     causal_batch,
     masked_batch,
     seq2seq_batch,
-    token_mask,
 )
 from tests.kernels.language import tiny_models
 
