@@ -1,12 +1,12 @@
-"""The language pipeline: text, or speech with its texts -> a dense model -> sparse, INT8, INT4 ones.
+"""The language pipeline: text, or speech with its texts -> a dense model -> sparse, INT8, INT4.
 
     corpus -> tokenizer -> tokens -> pretrain -> finetune -> sparse_50, sparse_75, ... -> bundles
                                                      \\-> int8, int4
 
 Pretraining has a corpus of its own where one is given, else it reads the task's. It can be the
-mere loading of a trained model (`pretrain.training: null`). With
-`pretrain.model.family: speech` the corpus is recordings with their texts, read as `speech` says. INT8 and INT4 are made of the dense
-model, or of a sparse one (`int8_of: sparse_75`).
+mere loading of a trained model (`pretrain.training: null`). INT8 and INT4 are made of the dense
+model, or of a sparse one (`int8_of: sparse_75`). With `pretrain.model.family: speech` the corpus is
+recordings with their texts, read as `speech` says.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ One prompt, greedy, no beams: `first_token_ms` is the time from the prompt to th
 (prefill; the encoder too), `next_token_ms` the median of the steps after it, `tokens_per_second`
 the new tokens over the whole time. A masked model has no next token: `first_token_ms` is then one
 pass over the prompt and `tokens_per_second` its tokens over that time. A speech model hears noise
-for as long as its window is, and writes after the tokens that begin every transcript.
+for as long as its window is, and writes after the tokens that begin every transcript, at most what
+its decoder has positions for.
 """
 
 from __future__ import annotations
@@ -42,7 +43,11 @@ class SpeedConfig(Config):
     prompt_tokens: int = Field(
         32, ge=1, description="tokens of the prompt; fewer where the context is too short"
     )
-    new_tokens: int = Field(32, ge=2, description="tokens that are generated after it")
+    new_tokens: int = Field(
+        32,
+        ge=2,
+        description="tokens that are generated after it (speech: at most what has positions)",
+    )
     repeats: int = Field(5, ge=1, description="times that this is done, after one that warms up")
     threads: int = Field(1, ge=1, description="CPU threads")
 
@@ -89,8 +94,10 @@ def measure_here(folder: Path, config: SpeedConfig, device: str) -> dict[str, fl
         times = _time_writer(generation.Generator(bundle), prompt, config)
     elif family == "speech":
         transcriber = Transcriber(bundle)
-        times = _time_writer(transcriber, _noise(transcriber), config)
         prompt = transcriber.begin
+        room = transcriber.context - len(prompt) if transcriber.context else config.new_tokens
+        fitting = config.model_copy(update={"new_tokens": min(config.new_tokens, room)})
+        times = _time_writer(transcriber, _noise(transcriber), fitting)
     else:
         times = _time_reader(bundle, prompt, config)
     return {

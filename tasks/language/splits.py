@@ -48,7 +48,7 @@ def sides(keys: Iterable[str], shares: Mapping[Split, float], seed: int) -> dict
     """The split of every key of a list that is in memory, by its place.
 
     `shares` of the keys are held out. An evaluation split that gets none is given the key with the
-    smallest place, as long as another one is left to train.
+    smallest place, as long as another one is left to train; where none is, the last one trains.
     """
     places = {key: place_of(key.encode(), seed) for key in keys}
     found: dict[str, Split] = {}
@@ -59,6 +59,8 @@ def sides(keys: Iterable[str], shares: Mapping[Split, float], seed: int) -> dict
                 found[key] = split
                 break
             place -= share
+    if found and "train" not in found.values():
+        found[list(found)[-1]] = "train"
     for split, share in shares.items():
         training = [key for key, side in found.items() if side == "train"]
         if share > 0 and split not in found.values() and len(training) > 1:

@@ -269,10 +269,16 @@ def test_figures_know_families_by_their_percentages() -> None:
     assert shown_metrics(values) == ["perplexity", "bleu"]
 
 
-def test_a_model_of_speech_is_refused_with_a_sentence(chain: Chain) -> None:
-    from goldcrest.tasks.language.quality import loss_batch
+def test_a_model_that_does_not_fit_the_rows_is_refused_with_a_sentence(chain: Chain) -> None:
+    from goldcrest.tasks.language.quality import LossShard, loss_batch, row_losses
 
     bundle = load_bundle(chain.dense.path)
-    speech = type(bundle)({**bundle.facts, "family": "speech"}, bundle.model, bundle.tokenizer)
+    masked = type(bundle)({**bundle.facts, "family": "masked"}, bundle.model, bundle.tokenizer)
+    masked.tokenizer.mask_token = None
     with pytest.raises(InputError, match="can't be scored on text"):
-        loss_batch(speech, [])
+        loss_batch(masked, [])
+    config = BundleToyConfig(architecture="whisper", tokenizer=str(chain.tokenizer))
+    speech = chain.run(bundle_toy, config)
+    rows = LossShard(speech.path, chain.tokens.file("test.arrow"), np.arange(2), 2, "cpu")
+    with pytest.raises(InputError, match="have no features, and a speech model reads audio"):
+        row_losses(rows)

@@ -379,7 +379,7 @@ def test_what_does_not_fit_together_is_refused(
         cfg = sparse_config(skip=("model.layers.O",))
         run_task(sparse_finetune_text, cfg, dense["causal"], tokens["causal"], None)
     speech = {"family": "speech", "architecture": "whisper"}
-    with pytest.raises(InputError, match="not trained: there is no step yet"):
+    with pytest.raises(InputError, match="made for the family 'causal', the model is 'speech'"):
         run_task(pretrain, PretrainConfig(model=speech), tokenizer, tokens["causal"])
 
 

@@ -341,7 +341,7 @@ def test_what_cannot_be_quantized_is_told(
     with pytest.raises(InputError, match="'int4' is quantized already"):
         run({}, small, rows)
     whisper = bundle(tmp_path / "whisper", tiny_models.whisper(), "speech")
-    with pytest.raises(InputError, match="a speech model reads audio"):
+    with pytest.raises(InputError, match="have no features, and a speech model reads audio"):
         run({}, whisper, rows)
     for split, message in (("train", "calibrate on"), ("validation", "measure the model on")):
         empty = tokens(tmp_path / f"no-{split}", **{split: 0})
