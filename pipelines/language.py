@@ -97,13 +97,11 @@ class Config(api.Config):
                     f"speech is for models of the family speech; this one is {model.family}"
                 )
             return self
-        text = self.corpus
-        where = {name: getattr(text, name) for name in ("paths", "eval_paths", "names")}
-        if text != TextConfig(**where) or self.pretrain_corpus is not None:
+        where = {"paths": self.corpus.paths, "eval_paths": self.corpus.eval_paths}
+        if self.corpus != TextConfig(**where) or self.pretrain_corpus is not None:
             raise ValueError(
                 "a speech model's corpus is recordings: say under speech how they are read; of "
-                "corpus only paths, eval_paths and names are looked at, and pretrain_corpus must "
-                "be null"
+                "corpus only paths and eval_paths are looked at, and pretrain_corpus must be null"
             )
         if speech.paths or speech.eval_paths:
             raise ValueError("speech.paths are those of corpus.paths: give them there (--corpus)")
@@ -184,7 +182,7 @@ def _corpus(cfg: Config) -> Any:
     """The task: prompts and answers, or recordings with their texts."""
     if cfg.pretrain.model.family != "speech":
         return prepare_text.bind(cfg.corpus, name="corpus", seed=cfg.seed)
-    where = {name: getattr(cfg.corpus, name) for name in ("paths", "eval_paths", "names")}
+    where = {"paths": cfg.corpus.paths, "eval_paths": cfg.corpus.eval_paths}
     spoken = SpeechCorpusConfig(**{**cfg.speech.model_dump(), **where})
     return prepare_speech.bind(spoken, name="corpus", seed=cfg.seed)
 

@@ -106,7 +106,7 @@ class SpeechCorpusConfig(Config):
     def _fill_in(self) -> Self:
         """Names and audio folders belong to the result, so they must be in the key."""
         paths = (*self.paths, *self.eval_paths)
-        if self.names and len(self.names) != len(paths):
+        if self.names and paths and len(self.names) != len(paths):
             raise ValueError(f"{len(self.names)} names for {len(paths)} corpora")
         if self.min_seconds >= self.max_seconds:
             raise ValueError(f"min_seconds {self.min_seconds:g} leaves nothing to read")

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from transformers import WhisperFeatureExtractor
+from tokenizers import pre_tokenizers
+from transformers import WhisperFeatureExtractor, WhisperTokenizer
 
 from goldcrest.cluster.api import InputError, StepError
 from goldcrest.kernels.frontend.whisper_mel import window
@@ -31,7 +32,7 @@ from goldcrest.tasks.language.tokenizer import (
     tokenizer_folder,
     transcript_prefix,
 )
-from goldcrest.tasks.language.tokens import TokensConfig, tokens
+from goldcrest.tasks.language.tokens import TokensConfig, encoded_texts, tokens
 from tests.tasks.conftest import RunTask
 from tests.tasks.language import speech_toys as toys
 from tests.tasks.language.writing_models import byte_tokenizer
@@ -216,6 +217,26 @@ def test_a_tokenizer_says_what_begins_a_transcript(tmp_path: Path, run_task: Run
         run_task(tokenizer, TokenizerConfig(**plain, prefix=("<|xx|>",)), corpus)
     with pytest.raises(ValueError, match="only a tokenizer that is loaded"):
         TokenizerConfig(prefix=("<|hi|>",))
+
+
+def test_whispers_own_tokenizer_says_it_too(tmp_path: Path, run_task: RunTask) -> None:
+    """The class of the library, on bytes: its own prefix, and one that is asked for."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    given = WhisperTokenizer(vocab={name: i for i, name in enumerate(letters)}, merges=[])
+    names = ["<|startoftranscript|>", "<|hi|>", "<|transcribe|>", "<|notimestamps|>"]
+    given.add_special_tokens({"additional_special_tokens": names})
+    given.save_pretrained(tmp_path / "given")
+    corpus = run_task(prepare_text, TextConfig())
+    for prefix, expected in (((), names[3:]), (tuple(names[1:]), names[1:])):
+        cfg = TokenizerConfig(method="load", path=str(tmp_path / "given"), prefix=prefix)
+        loaded = load_tokenizer(tokenizer_folder(run_task(tokenizer, cfg, corpus)))
+        ids = transcript_prefix(loaded)
+        assert loaded.convert_ids_to_tokens(ids) == expected
+        assert loaded.pad_token == loaded.eos_token == "<|endoftext|>"
+        text = "नमस्ते"
+        (encoded,) = encoded_texts(loaded, [text], ids, [loaded.eos_token_id or 0])
+        assert len(encoded) == len(ids) + len(text.encode()) + 1
+        assert loaded.decode(encoded.tokens, skip_special_tokens=True) == text
 
 
 SPEECH = {
