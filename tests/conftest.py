@@ -141,21 +141,30 @@ def speaker_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]
 
 @pytest.fixture(scope="session")
 def text_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TextClient]:
-    """`goldcrest serve` on two small language bundles, for all tests that call it over HTTP.
+    """`goldcrest serve` on two small bundles that read and one that hears, for all tests that call
+    it over HTTP.
 
     Two generations run at a time, so that two endless ones let nobody else in.
     """
     from tests.pipelines.speaker_server import start_server
-    from tests.pipelines.text_server import TEMPLATE, TOKEN, TextClient, make_text_bundle
+    from tests.pipelines.text_server import (
+        TEMPLATE,
+        TOKEN,
+        TextClient,
+        make_speech_bundle,
+        make_text_bundle,
+    )
 
     folder = tmp_path_factory.mktemp("serve-text")
     one = make_text_bundle(folder / "one")
     two = make_text_bundle(folder / "two", seed=1, template=TEMPLATE, context=200)
+    ears = make_speech_bundle(folder / "ears")
     profile = folder / "profile.yaml"
     profile.write_text("ray: {num_cpus: 2, object_store_memory: 100MB}")
     server = start_server(
-        folder, f"one={one}", f"two={two}", "--demo", "--profile", str(profile), "-o", "cpus=0.5",
-        "-o", "parallel=2", "-o", "max_context=100000", "-o", "max_tokens=90000",
+        folder, f"one={one}", f"two={two}", f"ears={ears}", "--demo",
+        "--profile", str(profile), "-o", "cpus=0.5", "-o", "parallel=2",
+        "-o", "max_context=100000", "-o", "max_tokens=90000",
         "-o", "max_body_bytes=300000", "-o", "body_seconds=3", token=TOKEN,
     )  # fmt: skip
     with _open("text_server") as stack:

@@ -3,9 +3,12 @@
     curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
          -d '{"prompt": "The goldcrest is", "max_tokens": 20, "temperature": 0}'
 
+    curl -F file=@zero.wav http://127.0.0.1:8000/v1/audio/transcriptions       # a speech bundle
+
 `/v1/completions`, `/v1/chat/completions` and `/v1/models` as OpenAI's clients call them, errors
-included; with `stream: true` text comes as server-sent events while it is made. Several bundles are
-told apart by the request's field `model`.
+included; with `stream: true` text comes as server-sent events while it is made. A speech bundle
+answers `/v1/audio/transcriptions` instead. Several bundles are told apart by the request's field
+`model`.
 
 The HTTP side checks requests and shapes answers, the model side (`generate_models.py`) has tokens
 and weights. A reader that goes away, or a clock that runs out, cancels the call there, and the
@@ -22,11 +25,11 @@ import logging
 import secrets
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, File, Form, Request, UploadFile
 from fastapi import Path as PathParameter
-from fastapi.responses import Response
+from fastapi.responses import PlainTextResponse, Response
 from pydantic import Field
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -49,6 +52,7 @@ from goldcrest.pipelines.endpoints.generate_answers import (
     Head,
     ModelCard,
     ModelList,
+    Transcription,
     usage,
 )
 from goldcrest.pipelines.endpoints.generate_calls import Served
@@ -139,7 +143,8 @@ class GenerateEndpoint(Endpoint):
 
     def routes(self) -> APIRouter:
         """The operations, bound to this replica."""
-        router = APIRouter(tags=["generate"])
+        form = {"max_files": 1, "max_fields": 10, "max_part_size": 4096}
+        router = APIRouter(tags=["generate"], form_limits=form)
         router.add_api_route(
             "/v1/completions",
             self.completions,
@@ -153,6 +158,13 @@ class GenerateEndpoint(Endpoint):
             methods=["POST"],
             response_model=ChatCompletion,
             summary="Answer in a conversation",
+        )
+        router.add_api_route(
+            "/v1/audio/transcriptions",
+            self.transcriptions,
+            methods=["POST"],
+            response_model=Transcription,
+            summary="Write down what is said",
         )
         router.add_api_route("/v1/models", self.models, methods=["GET"], summary="What is served")
         router.add_api_route(
@@ -173,6 +185,22 @@ class GenerateEndpoint(Endpoint):
         """The assistant's next turn; without `max_tokens` as long as there is room."""
         turns = tuple(message.model_dump() for message in body.messages)
         return await self._answer(body, (turns,), body.limit, request.scope)
+
+    async def transcriptions(
+        self,
+        file: Annotated[UploadFile, File(description="WAV, FLAC, OGG, MP3...")],
+        model: Annotated[str | None, Form(max_length=64)] = None,
+        response_format: Annotated[Literal["json", "text"], Form()] = "json",
+        temperature: Annotated[float, Form(ge=0, le=0, description="greedy alone is built")] = 0,
+    ) -> Any:
+        """What is said in a recording that fits the model's window, greedily."""
+        served = self._model(model)
+        done = await served.transcribe(await file.read(), self._settings.max_tokens)
+        (answer,) = done.answers
+        self._text.used(served.name, prompt=done.prompt_tokens, completion=len(answer.tokens))
+        if response_format == "text":
+            return PlainTextResponse(f"{answer.text}\n")
+        return Transcription(text=answer.text, model=served.name)
 
     async def models(self) -> ModelList:
         """The bundles in service."""

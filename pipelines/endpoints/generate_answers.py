@@ -78,6 +78,13 @@ class ChatCompletion(BaseModel):
     usage: Usage
 
 
+class Transcription(BaseModel):
+    """Answer of `/v1/audio/transcriptions`."""
+
+    text: str
+    model: str
+
+
 class ModelCard(BaseModel):
     """One bundle in service."""
 

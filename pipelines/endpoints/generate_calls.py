@@ -44,6 +44,18 @@ class Served:
 
         return _taken(await _tried(ask))
 
+    async def transcribe(self, recording: bytes, max_tokens: int) -> Completed:
+        """What is said in a recording; HTTPException where that can't be told."""
+
+        async def ask() -> Completed | Refused:
+            call = self.handle.transcribe.remote(recording, max_tokens)
+            try:
+                return await call
+            finally:
+                call.cancel()  # of no effect where it is done
+
+        return _taken(await _tried(ask))
+
     async def stream(self, job: Job) -> Stream:
         """The answer while it is made, once the model has taken the job on; or HTTPException."""
 

@@ -1,4 +1,4 @@
-"""The model side of the generate endpoint: prompts in, text out, whole or piece by piece.
+"""The model side of the generate endpoint: prompts (or speech) in, text out, whole or in pieces.
 
 Replicas hold several bundles at once (Serve's multiplexing, least recently used out). Tokens are
 counted here, as the HTTP side has no tokenizer: what does not fit comes back as `Refused`, in a
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ray import serve
 
 from goldcrest.cluster.errors import InputError
@@ -24,6 +25,7 @@ from goldcrest.pipelines.endpoints import bundles
 from goldcrest.pipelines.endpoints.bundles import BundleChoice
 from goldcrest.pipelines.endpoints.generate_batches import Batches
 from goldcrest.pipelines.endpoints.generate_prompts import Prompt, PromptReader
+from goldcrest.tasks.data.audio import SAMPLE_RATE, AudioError, AudioLimits, decode
 from goldcrest.tasks.language.bundle import load_bundle, read_description
 from goldcrest.tasks.language.generation import (
     FinishReason,
@@ -31,9 +33,10 @@ from goldcrest.tasks.language.generation import (
     GenerationSettings,
     Generator,
 )
+from goldcrest.tasks.language.transcription import Transcriber
 
 MAX_MODEL_BYTES = 256 << 30
-FAMILIES = ("causal", "seq2seq")  # those that write text after a prompt
+FAMILIES = ("causal", "seq2seq", "speech")  # those that write text after a prompt, or audio
 _FILES = ("bundle.json", "config.json", "generation_config.json", "model.safetensors")
 
 
@@ -94,7 +97,7 @@ class Loaded:
     """A bundle in memory."""
 
     generator: Generator
-    reader: PromptReader
+    reader: PromptReader | None  # None: it hears audio
 
 
 class _RefusedError(Exception):
@@ -150,8 +153,8 @@ class TextModels:
         loaded = await self._model(model)
         if model not in self._warm:
             settings = GenerationSettings(max_new_tokens=2)
-            ids, _ = loaded.reader.read("a")
-            await self._batches.answer(model, loaded.generator, ids, settings)
+            first = await asyncio.to_thread(_something, loaded)
+            await self._batches.answer(model, loaded.generator, first, settings)
             self._warm.add(model)
 
     async def complete(self, job: Job) -> Completed | Refused:
@@ -167,6 +170,21 @@ class TextModels:
             for each, settings in _choices(prepared, job.choices)
         ]
         return Completed(list(await asyncio.gather(*answers)), _count(prepared))
+
+    async def transcribe(self, recording: bytes, max_tokens: int) -> Completed | Refused:
+        """What is said in an encoded recording that fits the model's window."""
+        model = serve.get_multiplexed_model_id()
+        generator = (await self._model(model)).generator
+        if not isinstance(generator, Transcriber):
+            said = "this model reads text, not audio: ask it by /v1/completions"
+            return Refused("not_speech", said, "model")
+        try:
+            heard = await asyncio.to_thread(_heard, generator, recording)
+        except (AudioError, InputError) as reason:
+            return Refused("invalid_audio", str(reason), "file")
+        settings = GenerationSettings(max_new_tokens=max_tokens)
+        answer = await self._batches.answer(model, generator, heard, settings)
+        return Completed([answer], answer.prompt_tokens)
 
     async def stream(self, job: Job) -> AsyncIterator[Begun | Delta | Refused]:
         """The same answers one after the other, while they are made."""
@@ -190,6 +208,9 @@ class TextModels:
         return [self._prepare_one(loaded, job, prompt) for prompt in job.prompts]
 
     def _prepare_one(self, loaded: Loaded, job: Job, prompt: Prompt) -> Prepared:
+        if loaded.reader is None:
+            said = "this model hears audio: send it to /v1/audio/transcriptions"
+            raise _RefusedError("not_text", said, "model")
         generator, settings = loaded.generator, job.settings
         param = "messages" if prompt and isinstance(prompt[0], Mapping) else "prompt"
         try:
@@ -238,8 +259,27 @@ def _load(model: str) -> Loaded:
     folder = bundles.folder_of(model)
     if model_id(folder) != model:
         raise InputError(f"the bundle {folder} has changed since it was taken into service")
-    generator = Generator(load_bundle(folder))
+    bundle = load_bundle(folder)
+    if bundle.facts["family"] == "speech":
+        return Loaded(Transcriber(bundle), None)
+    generator = Generator(bundle)
     return Loaded(generator, PromptReader(generator.bundle))
+
+
+def _something(loaded: Loaded) -> Any:
+    """What a model can be run on once: a letter, or a tenth of a second of noise."""
+    if loaded.reader is not None:
+        return loaded.reader.read("a")[0]
+    assert isinstance(loaded.generator, Transcriber)
+    noise = np.random.default_rng(0).standard_normal(SAMPLE_RATE // 10).astype(np.float32) / 10
+    return loaded.generator.hear([noise])[0]
+
+
+def _heard(transcriber: Transcriber, recording: bytes) -> np.ndarray:
+    """The features of a recording; AudioError for one that is none, or too long."""
+    limits = AudioLimits(max_seconds=transcriber.frames / 100, max_channels=8)
+    longest = transcriber.frames * SAMPLE_RATE // 100  # resampling may add a sample
+    return transcriber.hear([decode(recording, limits)[:longest]])[0]
 
 
 def _describe(folder: Path) -> dict[str, Any]:

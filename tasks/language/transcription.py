@@ -7,6 +7,7 @@ as any other: the start token and the prefix (tokenizer.py), then token by token
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -64,16 +65,32 @@ class Transcriber(Generator):
         return [each.numpy() for each in made]
 
     def transcribe(
-        self, heard: Sequence[np.ndarray], settings: GenerationSettings
+        self,
+        heard: Sequence[np.ndarray],
+        settings: GenerationSettings,
+        cancelled: threading.Event | None = None,
     ) -> list[Generation]:
-        """What was said in every utterance, in order, from its features (T, M)."""
+        """What was said in every utterance, in order, from its features (T, M).
+
+        Setting `cancelled` stops the model before its next token.
+        """
+        ended = None if cancelled is None else cancelled.is_set
         found: dict[int, Generation] = {}
         lengths = [len(self.begin)] * len(heard)
         for places, room in self._batches(lengths, settings.max_new_tokens):
-            chosen = self._run([heard[i] for i in places], places, room, settings)
+            chosen = self._run([heard[i] for i in places], places, room, settings, ended=ended)
             for place, tokens in zip(places, chosen, strict=True):
                 found[place] = self._answer(tokens, settings, len(self.begin))
         return [found[place] for place in range(len(heard))]
+
+    def generate(
+        self,
+        prompts: Sequence[Any],
+        settings: GenerationSettings,
+        cancelled: threading.Event | None = None,
+    ) -> list[Generation]:
+        """`transcribe`: to whom a generator is given, an utterance is a prompt."""
+        return self.transcribe(prompts, settings, cancelled)
 
     def _start(self, inputs: dict[str, Tensor]) -> int:
         return inputs["decoder_input_ids"].shape[1]

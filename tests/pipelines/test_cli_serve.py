@@ -173,7 +173,6 @@ def test_what_a_language_bundle_does_not_have(serve: Call, text_bundle: Path, bu
     ("facts", "words"),
     [
         ({"family": "masked"}, "which writes no text"),
-        ({"family": "speech"}, "which writes no text"),
         ({"kind": "something"}, "kinds with an endpoint: speaker-embedding, language"),
         ({"kind": ["language"]}, "kinds with an endpoint"),
         ({"schema": 99}, "schema 99"),

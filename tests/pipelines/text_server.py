@@ -89,6 +89,53 @@ def make_text_bundle(
     return folder
 
 
+def make_speech_bundle(folder: Path) -> Path:
+    """A Whisper of random weights that hears up to a second and writes letters."""
+    import torch
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    from goldcrest.cluster.artifact import Output
+    from goldcrest.cluster.runtime import LocalRuntime
+    from goldcrest.kernels.language.architectures import own_state
+    from goldcrest.tasks.language.bundle import write_bundle
+
+    folder.mkdir(parents=True)
+    tokenizer = folder.parent / f"{folder.name}-tokenizer"
+    config = WhisperConfig(
+        vocab_size=make_tokenizer(tokenizer),
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        max_source_positions=50,
+        max_target_positions=24,
+        init_std=0.7,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+        suppress_tokens=[],
+        begin_suppress_tokens=[],
+    )
+    torch.manual_seed(0)
+    model = WhisperForConditionalGeneration(config)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[: len(SPECIAL)] = 0
+    write_bundle(
+        Output(folder, runtime=LocalRuntime(), seed=0, scratch=folder.parent / "scratch"),
+        name="dense",
+        family="speech",
+        config=config,
+        tensors=own_state(model),
+        tokenizer=tokenizer,
+        facts={},
+    )
+    return folder
+
+
 class TextClient:
     """Calls of one server."""
 
@@ -103,6 +150,16 @@ class TextClient:
     def post(self, path: str, *, seconds: float = 60.0, **body: Any) -> requests.Response:
         """A JSON request to `/v1/PATH`; the client leaves after `seconds` without an answer."""
         return self._post(path, body, seconds)
+
+    def hear(self, audio: bytes, **form: Any) -> requests.Response:
+        """A recording to `/v1/audio/transcriptions`."""
+        return requests.post(
+            f"{self.server.url}/v1/audio/transcriptions",
+            files={"file": ("a.wav", audio)},
+            data=form,
+            headers=self._headers,
+            timeout=60,
+        )
 
     def complete(self, prompt: Any, **more: Any) -> Any:
         """The answer of `/v1/completions`."""

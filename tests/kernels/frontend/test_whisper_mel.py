@@ -37,7 +37,8 @@ def test_the_filterbank_is_the_librarys(bins: int) -> None:
 @pytest.mark.parametrize(("bins", "seconds"), [(80, 2), (128, 2), (80, 30)])
 def test_features_are_the_librarys(bins: int, seconds: int) -> None:
     """Of utterances of any length, side by side; 1e-5 is the library's own promise."""
-    waves = [utterance(length, seed) for seed, length in enumerate((0.3, 1.234, 1.98))]
+    lengths = (0.3, 1.234, 1.98) if seconds == 2 else (1.234,)
+    waves = [utterance(length, seed) for seed, length in enumerate(lengths)]
     found = whisper_mel.features(waves, bins)
     for wave, rows in zip(waves, found, strict=True):
         made = whisper_mel.window(rows, 100 * seconds).numpy()

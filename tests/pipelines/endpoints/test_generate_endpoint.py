@@ -15,9 +15,11 @@ import pytest
 import requests
 
 from goldcrest.pipelines.endpoints.generate_prompts import play
+from goldcrest.tasks.data.audio import decode
 from goldcrest.tasks.language.bundle import load_bundle
 from goldcrest.tasks.language.generation import GenerationSettings, Generator
-from tests.pipelines.speaker_server import start_server
+from goldcrest.tasks.language.transcription import Transcriber
+from tests.pipelines.speaker_server import start_server, voice
 from tests.pipelines.text_server import TOKEN, TextClient, make_text_bundle
 
 ENDLESS = {"prompt": "Hello", "max_tokens": 90_000}
@@ -104,6 +106,53 @@ def test_many_at_once_are_as_one_alone(
     with ThreadPoolExecutor(12) as pool:
         found = list(pool.map(lambda a: text_server.text(a[0], model=a[1], max_tokens=8), asked))
     assert found == [greedy(direct[name], prompt, 8) for prompt, name in asked]
+
+
+# ------------------------------------------------------------------------------------- speech
+
+
+def test_speech_is_written_down_as_by_the_bundle(text_server: TextClient) -> None:
+    transcriber = Transcriber(load_bundle(text_server.server.folder / "ears"))
+    texts = set()
+    for number, seconds in enumerate((0.3, 0.9)):
+        sound = voice(150.0 + 90 * number, seconds=seconds, seed=number)
+        heard = transcriber.hear([decode(sound)])
+        (expected,) = transcriber.transcribe(heard, GenerationSettings(max_new_tokens=90_000))
+        answer = text_server.hear(sound, model="ears")
+        assert answer.json() == {"text": expected.text, "model": "ears"}
+        plain = text_server.hear(sound, model="ears", response_format="text")
+        assert plain.text == f"{expected.text}\n"
+        texts.add(expected.text)
+    assert len(texts) == 2 and "" not in texts
+
+
+@pytest.mark.parametrize(
+    ("audio", "form", "words"),
+    [
+        (voice(150.0, seconds=1.5), {"model": "ears"}, "1.50 s is longer than 1 s"),
+        (b"no audio at all", {"model": "ears"}, "not a readable audio file"),
+        (voice(150.0, seconds=0.5), {"model": "one"}, "this model reads text, not audio"),
+        (voice(150.0, seconds=0.5), {"model": "ears", "temperature": "1"}, "temperature"),
+        (
+            voice(150.0, seconds=0.5),
+            {"model": "ears", "response_format": "srt"},
+            "'json' or 'text'",
+        ),
+    ],
+)
+def test_what_is_not_heard_is_told(
+    text_server: TextClient, audio: bytes, form: dict[str, str], words: str
+) -> None:
+    answer = text_server.hear(audio, **form)
+    assert answer.status_code == 400, answer.text
+    assert words in answer.json()["error"]["message"]
+
+
+def test_a_model_that_hears_takes_no_prompts(text_server: TextClient) -> None:
+    for path, body in (("completions", {"prompt": "a"}), ("chat/completions", {"messages": TURNS})):
+        answer = text_server.post(path, model="ears", **body)
+        assert answer.status_code == 400
+        assert "send it to /v1/audio/transcriptions" in answer.json()["error"]["message"]
 
 
 # --------------------------------------------------------------------------------------- chat
@@ -268,7 +317,7 @@ def test_what_does_not_fit_the_context_is_refused(text_server: TextClient, strea
 def test_the_models_are_listed(text_server: TextClient) -> None:
     listed = text_server.get("/v1/models").json()
     assert listed["object"] == "list"
-    assert [each["id"] for each in listed["data"]] == ["one", "two"]
+    assert [each["id"] for each in listed["data"]] == ["one", "two", "ears"]
     assert all(each["object"] == "model" for each in listed["data"])
     assert text_server.get("/v1/models/two").json() == listed["data"][1]
     unknown = text_server.get("/v1/models/three")

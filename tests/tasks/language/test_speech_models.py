@@ -33,7 +33,7 @@ from goldcrest.tasks.language.quantize_int8 import QuantizeInt8Config, quantize_
 from goldcrest.tasks.language.recipe import read_text
 from goldcrest.tasks.language.rows import check_speech
 from goldcrest.tasks.language.sparse_finetune import SparseTextConfig, sparse_finetune_text
-from goldcrest.tasks.language.speed import SpeedConfig, measure_speed
+from goldcrest.tasks.language.speed import SpeedConfig, measure_here
 from goldcrest.tasks.language.transcription import Transcriber
 from tests.kernels.language import tiny_models
 from tests.tasks.conftest import RunTask, runner
@@ -228,7 +228,16 @@ def test_int8_computes_on_integers(chain: Chain, int8: Artifact) -> None:
     assert bundle_bytes(int8.path) < 0.6 * bundle_bytes(chain.dense.path)
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize(
+    "method",
+    [
+        "awq",
+        "gptq",
+        pytest.param("autoround", marks=pytest.mark.slow),
+        pytest.param("rtn", marks=pytest.mark.slow),
+        pytest.param("teq", marks=pytest.mark.slow),
+    ],
+)
 def test_every_method_of_int4_calibrates_on_speech(method: str, chain: Chain) -> None:
     """Layers of both stacks, and those of the decoder that read the encoder's states."""
     made = to_int4(chain, method)
@@ -345,10 +354,10 @@ def test_quality_and_speed_of_every_model(
 
 def test_speed_of_a_speech_model(chain: Chain) -> None:
     cfg = SpeedConfig(new_tokens=40, repeats=1)
-    times = measure_speed(chain.dense.path, cfg)
+    times = measure_here(chain.dense.path, cfg, "cpu")
     assert cfg.new_tokens == 40  # more than the decoder has positions for
     assert 0 < times["next_token_ms"] < times["first_token_ms"] * 5
-    assert times["tokens_per_second"] > 0 and times["peak_mb"] > times["before_loading_mb"]
+    assert times["tokens_per_second"] > 0 and times["peak_mb"] > 0
     assert times["prompt_tokens"] == 1 and times["new_tokens"] == 11
 
 
