@@ -143,8 +143,10 @@ class GenerateEndpoint(Endpoint):
 
     def routes(self) -> APIRouter:
         """The operations, bound to this replica."""
-        form = {"max_files": 1, "max_fields": 10, "max_part_size": 4096}
-        router = APIRouter(tags=["generate"], form_limits=form)
+        router = APIRouter(
+            tags=["generate"],
+            form_limits={"max_files": 1, "max_fields": 10, "max_part_size": 4096},
+        )
         router.add_api_route(
             "/v1/completions",
             self.completions,

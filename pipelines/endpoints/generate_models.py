@@ -179,7 +179,7 @@ class TextModels:
             said = "this model reads text, not audio: ask it by /v1/completions"
             return Refused("not_speech", said, "model")
         try:
-            heard = await asyncio.to_thread(_heard, generator, recording)
+            heard: Any = await asyncio.to_thread(_heard, generator, recording)
         except (AudioError, InputError) as reason:
             return Refused("invalid_audio", str(reason), "file")
         settings = GenerationSettings(max_new_tokens=max_tokens)
