@@ -104,6 +104,10 @@ class GenerateSettings(BundleSettings):
     )
 
 
+_HEARD = {"file", "model", "response_format", "temperature"}
+"""Fields of a transcription's form; others would be ignored, which is worse than refused."""
+
+
 class GenerateEndpoint(Endpoint):
     """The HTTP side; a deployment by `application`."""
 
@@ -190,12 +194,16 @@ class GenerateEndpoint(Endpoint):
 
     async def transcriptions(
         self,
+        request: Request,
         file: Annotated[UploadFile, File(description="WAV, FLAC, OGG, MP3...")],
         model: Annotated[str | None, Form(max_length=64)] = None,
         response_format: Annotated[Literal["json", "text"], Form()] = "json",
         temperature: Annotated[float, Form(ge=0, le=0, description="greedy alone is built")] = 0,
     ) -> Any:
         """What is said in a recording that fits the model's window, greedily."""
+        unknown = sorted(set(await request.form()) - _HEARD)
+        if unknown:
+            raise refuse(400, "unknown_field", f"'{unknown[0]}' is not built", param=unknown[0])
         served = self._model(model)
         done = await served.transcribe(await file.read(), self._settings.max_tokens)
         (answer,) = done.answers

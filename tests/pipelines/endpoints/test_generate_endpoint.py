@@ -133,6 +133,7 @@ def test_speech_is_written_down_as_by_the_bundle(text_server: TextClient) -> Non
         (b"no audio at all", {"model": "ears"}, "not a readable audio file"),
         (voice(150.0, seconds=0.5), {"model": "one"}, "this model reads text, not audio"),
         (voice(150.0, seconds=0.5), {"model": "ears", "temperature": "1"}, "temperature"),
+        (voice(150.0, seconds=0.5), {"model": "ears", "language": "hi"}, "'language' is not built"),
         (
             voice(150.0, seconds=0.5),
             {"model": "ears", "response_format": "srt"},
