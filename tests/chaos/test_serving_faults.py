@@ -236,6 +236,7 @@ def test_sigterm_finishes_what_is_inside(tmp_path: Path) -> None:
 
 @pytest.mark.scenario("ten minutes of load; memory does not grow")
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_ten_minutes_of_load_do_not_grow(tmp_path: Path) -> None:
     """Resident memory of all processes: the last third may not lie above the middle one by 5 %."""
     server = own_server(tmp_path)
