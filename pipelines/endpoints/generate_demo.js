@@ -19,7 +19,8 @@ async function call(path, body, signal) {
 async function refresh() {
   const { data } = await (await call("v1/models")).json();
   byId("door").hidden = true;
-  byId("model").replaceChildren(...data.map((model) => new Option(model.id)));
+  const texts = data.filter((model) => model.family !== "speech"); // this page has no microphone
+  byId("model").replaceChildren(...texts.map((model) => new Option(model.id)));
   say("");
 }
 

@@ -78,6 +78,7 @@ def can_hide_folders() -> bool:
     return tried.returncode == 0
 
 
+@pytest.mark.slow  # its parts, one by one, are below
 @pytest.mark.scenario("a node does not see the store")
 @pytest.mark.skipif(not can_hide_folders(), reason="mount namespaces need privileges")
 def test_a_node_with_another_disk_in_the_store_s_place_is_named(tmp_path: Path) -> None:

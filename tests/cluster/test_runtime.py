@@ -103,6 +103,7 @@ def test_stream_raises_the_transforms_own_error(ray_cluster: None, tmp_path: Pat
         list(RayRuntime().stream(shards, CrashOnBatch, {"kind": "raise"}, cpus=0.5))
 
 
+@pytest.mark.slow  # Ray tries for a quarter of a minute
 def test_a_transform_that_always_crashes_ends_in_words(ray_cluster: None, tmp_path: Path) -> None:
     shards = write_shards(tmp_path, [40])
     with pytest.raises(StepError, match="lost again and again"):

@@ -191,6 +191,7 @@ def _check_mlflow(uri: str, result: SweepResult) -> None:
     assert Counter(run.info.status for run in children) == {"FINISHED": 4, "FAILED": 2}
 
 
+@pytest.mark.slow  # that trials share what is in the store is tested above
 def test_a_repeated_and_a_longer_sweep_find_everything(ray_cluster: None, lab: Lab) -> None:
     space = {"learn.rate": {"uniform": [0.1, 1.0]}}
     first = lab.sweep(space, trials=2)
