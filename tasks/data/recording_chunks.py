@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 from goldcrest.tasks.data import audio
 from goldcrest.tasks.data.corpus import Recording
 
+SplitT = TypeVar("SplitT", bound=str)
 _CHUNK_BYTES = 16 << 20  # encoded audio handed to one worker at a time
 _CHUNK_FILES = 256
 _CHUNK_SECONDS = 1800.0  # of decoded audio, 58 MB: what one worker gives back at once
 
 
-def chunks(recordings: Sequence[Recording]) -> Iterator[list[Recording]]:
-    """The recordings in order, in lists of bounded size; audio in tables is read as they are taken.
+def chunks(
+    recordings: Sequence[Recording], splits: Sequence[SplitT]
+) -> Iterator[tuple[list[Recording], Sequence[SplitT]]]:
+    """The recordings in order, in lists of bounded size, each with the splits of its recordings.
 
-    A worker can open what it is given: nothing in a list refers to a table of this process.
+    Audio in tables is read as the lists are taken, so a worker can open what it is given.
     """
     chosen: list[Recording] = []
     size, seconds = 0, 0.0
@@ -26,7 +30,7 @@ def chunks(recordings: Sequence[Recording]) -> Iterator[list[Recording]]:
         seconds += _header_seconds(recording)
         full = size >= _CHUNK_BYTES or len(chosen) >= _CHUNK_FILES or seconds >= _CHUNK_SECONDS
         if full or place == len(recordings):
-            yield chosen
+            yield chosen, splits[place - len(chosen) : place]
             chosen, size, seconds = [], 0, 0.0
 
 

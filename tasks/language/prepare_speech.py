@@ -14,7 +14,7 @@ is the text, which is its only reference):
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, Self
@@ -138,7 +138,7 @@ def prepare_speech(cfg: SpeechCorpusConfig, out: Output) -> None:
     read = 0
     with ExitStack() as stack:
         shards = {split: stack.enter_context(out.shards(split)) for split in SPLITS}
-        jobs = _jobs(recordings, splits)
+        jobs = (_Job(*each) for each in chunks(recordings, splits))
         for rows, refused, count in out.runtime.map(work, jobs, note="read"):
             for split, table in rows.items():
                 shards[split].write(table)
@@ -237,13 +237,6 @@ def _drawn(
         order = np.random.default_rng([seed, 9, number]).permutation(len(usable))
         kept += [usable[i] for i in order[:most]]
     return sorted(kept)
-
-
-def _jobs(recordings: Sequence[Recording], splits: Sequence[Split]) -> Iterator[_Job]:
-    done = 0
-    for chosen in chunks(recordings):
-        yield _Job(chosen, splits[done : done + len(chosen)])
-        done += len(chosen)
 
 
 def _read_job(

@@ -162,10 +162,7 @@ def _of(
 
 
 def _chunks(recordings: Sequence[Recording], splits: Sequence[Split]) -> Iterator[_Job]:
-    done = 0
-    for chosen in chunks(recordings):
-        yield _Job(chosen, splits[done : done + len(chosen)])
-        done += len(chosen)
+    return (_Job(chosen, beside) for chosen, beside in chunks(recordings, splits))
 
 
 def hold_out_speakers(recordings: Sequence[Recording], share: float, seed: int) -> list[Split]:
