@@ -234,6 +234,22 @@ def test_sigterm_finishes_what_is_inside(tmp_path: Path) -> None:
     assert "cut off" not in server.log()
 
 
+@pytest.mark.scenario("replicas are added under load and taken away after it; no request fails")
+@pytest.mark.slow
+def test_replicas_follow_the_load(tmp_path: Path) -> None:
+    server = own_server(tmp_path, "--autoscale", "1:2")
+    server.post("/enroll", voice(150), speaker="heavy")
+    assert len(server.replicas("SpeakerModels")) == 1
+    with load(server, 16, heavy=True) as busy:
+        wait_until(lambda: len(server.replicas("SpeakerModels")) == 2)
+        busy.wait_for(50)
+    with load(server, 1) as idle:
+        wait_until(lambda: len(server.replicas("SpeakerModels")) == 1)
+        idle.wait_for(20)
+    assert set(busy.statuses) == set(idle.statuses) == {200}
+    assert server.stop() == 0
+
+
 @pytest.mark.scenario("ten minutes of load; memory does not grow")
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
