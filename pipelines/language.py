@@ -19,6 +19,8 @@ from goldcrest.cluster import api
 from goldcrest.cluster.profile import StepResources
 from goldcrest.tasks.language.evaluate import EvaluateTextConfig, evaluate_text
 from goldcrest.tasks.language.finetune import FinetuneConfig, finetune
+from goldcrest.tasks.language.generation import WRITERS
+from goldcrest.tasks.language.harness import HarnessConfig, harness
 from goldcrest.tasks.language.prepare import TextConfig, prepare_text
 from goldcrest.tasks.language.prepare_speech import SpeechCorpusConfig, prepare_speech
 from goldcrest.tasks.language.pretrain import PretrainConfig, pretrain
@@ -75,6 +77,10 @@ class Config(api.Config):
     int4_of: str = Field("dense", description="the model that becomes INT4: dense, sparse_75, ...")
     evaluate: EvaluateTextConfig = Field(EvaluateTextConfig(), description="what is measured")
     publish: PublishTextConfig = Field(PublishTextConfig(), description="the finished bundles")
+    harness: HarnessConfig | None = Field(
+        None,
+        description="lm-evaluation-harness on the finished bundles (causal and encoder-decoder)",
+    )
 
     @model_validator(mode="after")
     def _one_family(self) -> Self:
@@ -126,6 +132,15 @@ class Config(api.Config):
         return self
 
     @model_validator(mode="after")
+    def _the_harness_reads_answers(self) -> Self:
+        family = self.pretrain.model.family
+        if self.harness is not None and family not in WRITERS:
+            raise ValueError(
+                f"harness is set, but a model of family {family} does not write text after a prompt"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _quantized_models_exist(self) -> Self:
         levels = () if self.sparse is None else self.sparse.levels
         known = ["dense", *(level_name(level) for level in levels)]
@@ -172,10 +187,13 @@ def build(cfg: Config) -> list[Any]:
     result = evaluate_text.bind(
         cfg.evaluate, corpus, rows, seed=cfg.seed, name="evaluate", **models
     )
-    return [
-        publish_text.bind(cfg.publish, node, result, name=f"bundle-{name}")
+    bundles = {
+        name: publish_text.bind(cfg.publish, node, result, name=f"bundle-{name}")
         for name, node in models.items()
-    ]
+    }
+    if cfg.harness is None:
+        return list(bundles.values())
+    return [*bundles.values(), harness.bind(cfg.harness, seed=cfg.seed, **bundles)]
 
 
 def _corpus(cfg: Config) -> Any:

@@ -45,6 +45,8 @@ NAME = "goldcrest_int8"
 LEVELS = 127
 _PROBABILITY_LEVELS = 255
 _LEAST = 1e-12
+_NOT_BUILT = ("softcap", "s_aux", "head_mask")
+"""What some models change in an attention: caps on scores, sinks, weights of heads."""
 
 
 class AttentionGrids(nn.Module):
@@ -73,17 +75,29 @@ class AttentionObserver:
         self.moments = {name: Moments() for name in ("query", "key", "value")}
         self.ranges = {name: MinMax() for name in ("query", "key", "value")}
         self._largest = {name: ChannelMax() for name in ("query", "key", "value")}
+        self._asking: Tensor | None = None
+        self._asked: Tensor | None = None
         self.shape = (0, 0)  # heads of keys and values, their channels
+
+    def real(self, queries: Tensor | None, keys: Tensor | None) -> None:
+        """The tokens that count in what comes next: (B, T) of queries, (B, S) of keys and values,
+        True on real ones; None: all of them."""
+        self._asking, self._asked = queries, keys
 
     def observe(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
         """Take queries (B, H, T, D), keys and values (B, G, S, D)."""
         heads, width = key.shape[1], key.shape[3]
         self.shape = (heads, width)
-        for name, x in (("query", query * scaling), ("key", key), ("value", value)):
-            self.moments[name].observe(x)
-            self.ranges[name].observe(x)
-            # Query heads that share a key head lie side by side: (B, G, H / G * T, D).
-            grouped = x.reshape(x.shape[0], heads, -1, width)
+        for name, x, mask in (
+            ("query", query * scaling, self._asking),
+            ("key", key, self._asked),
+            ("value", value, self._asked),
+        ):
+            real = _real(x, mask)
+            self.moments[name].observe(real)
+            self.ranges[name].observe(real)
+            # Query heads that share a key head lie side by side: (N, G, H / G, D).
+            grouped = real.reshape(len(real), heads, -1, width)
             self._largest[name].observe(grouped.transpose(1, 2).flatten(0, 1))
 
     def grids(self, *, dynamic: bool) -> AttentionGrids:
@@ -98,6 +112,13 @@ class AttentionObserver:
 
     def _step(self, name: str) -> Tensor:
         return (self._largest[name].largest() / LEVELS).clamp(min=_LEAST)[:, None]
+
+
+def _real(x: Tensor, mask: Tensor | None) -> Tensor:
+    """The real tokens (N, H, D) of (B, H, T, D), all without a mask (B, T) that fits."""
+    tokens = x.transpose(1, 2)
+    fits = mask is not None and mask.shape == tokens.shape[:2]
+    return tokens[mask] if fits else tokens.flatten(0, 1)
 
 
 def attention(
@@ -117,7 +138,15 @@ def attention(
     A module with `AttentionGrids` under `int8` computes on integers; keys and values may then be
     codes already, from an `Int8CacheLayer`. Any other module computes in floating point, and shows
     its inputs to the `AttentionObserver` under `int8`, if there is one.
+
+    Raises ValueError for a model whose attention does what is not built here.
     """
+    for name in _NOT_BUILT:
+        if keywords.get(name) is not None:
+            raise ValueError(
+                f"{type(module).__name__} computes with {name}, which INT8 attention does not "
+                "know; set settings.attention to false"
+            )
     grids = getattr(module, "int8", None)
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     if not isinstance(grids, AttentionGrids):

@@ -109,15 +109,15 @@ def quantize(
         what was skipped, with the scores that chose it.
 
     Raises:
-        ValueError: no batches, activations that are not finite, an unknown operation to skip.
+        ValueError: no batches, activations that are not finite, an unknown operation to skip, an
+            architecture whose attention can't be reached or does what is not built.
     """
     settings = settings or Settings()
     if not batches:
         raise ValueError("quantization needs at least one calibration batch")
     model.eval()
-    use_attention(model)
     _untie(model)
-    attentions = attention_names(model, batches[0]) if settings.attention else []
+    attentions = _attentions(model, batches[0]) if settings.attention else []
     linears = [name for name, each in model.named_modules() if isinstance(each, LINEAR_TYPES)]
     _check_names([*linears, *attentions], settings.skip_names)
     smoothed = []
@@ -153,6 +153,19 @@ def quantize(
         "smoothed": smoothed,
         "settings": {**asdict(settings), "skip_names": list(settings.skip_names)},
     }
+
+
+def _attentions(model: PreTrainedModel, batch: Batch) -> list[str]:
+    """Names of the attention modules, which from now on go through `int8_attention`."""
+    use_attention(model)
+    names = attention_names(model, batch)
+    if not names:
+        raise ValueError(
+            f"{type(model).__name__} multiplies queries and keys in code of its own, which can't "
+            "be quantized; set settings.attention to false to leave attention and its cache in "
+            "floating point"
+        )
+    return names
 
 
 # --- what to skip ---------------------------------------------------------------------------
@@ -340,7 +353,8 @@ def install(model: PreTrainedModel, description: Mapping[str, Any]) -> None:
     The model may lie on the "meta" device. Afterwards `load_state_dict(state, assign=True)` takes
     what `state` gave. Raises ValueError where the description names what the model does not have.
     """
-    use_attention(model)
+    if description["attentions"]:
+        use_attention(model)
     _untie(model)
     try:
         for item in description["embeddings"]:

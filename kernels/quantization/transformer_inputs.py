@@ -66,7 +66,10 @@ def outside_linears(model: nn.Module) -> list[str]:
 
 
 def see_block(step: BlockStep, masks: Sequence[Masks], see: See) -> None:
-    """Run every batch through a block and show what its linear layers read."""
+    """Run every batch through a block and show what its linear layers read.
+
+    Attention modules with an `AttentionObserver` (`observed`) are told which tokens are real.
+    """
     given: set[int] = set()  # where the tensors lie that the block was called with
     block = step.block
 
@@ -80,12 +83,17 @@ def see_block(step: BlockStep, masks: Sequence[Masks], see: See) -> None:
     layers = {name: block.module.get_submodule(short) for name, short in names.items()}
     try:
         for index, mask in enumerate(masks):
+            own = mask.encoder if step.stack.name == mask.encoder_stack else mask.decoder
 
-            def look(name: str, layer: nn.Module, x: Tensor, mask: Masks = mask) -> None:
-                own = mask.encoder if step.stack.name == mask.encoder_stack else mask.decoder
-                see(name, layer, _real(x, mask.encoder if x.data_ptr() in given else own))
+            def read(
+                x: Tensor, own: Tensor | None = own, encoder: Tensor | None = mask.encoder
+            ) -> Tensor | None:
+                return encoder if x.data_ptr() in given else own
 
-            with _inputs(layers, look), torch.no_grad():
+            def look(name: str, layer: nn.Module, x: Tensor, read: Any = read) -> None:
+                see(name, layer, _real(x, read(x)))
+
+            with _inputs(layers, look), _masked(block.module, own, read), torch.no_grad():
                 step.run(index)
     finally:
         handle.remove()
@@ -107,6 +115,31 @@ def see_outside(
 
         with _inputs(layers, look), torch.no_grad():
             model(**batch)
+
+
+@contextmanager
+def _masked(
+    block: nn.Module, own: Tensor | None, read: Callable[[Tensor], Tensor | None]
+) -> Iterator[None]:
+    """While inside, observers know the real tokens: queries are the block's own, keys come from the
+    states (B, S, C) that the attention is called with beside its input, or from the input too."""
+
+    def enter(module: Any, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
+        others = [*arguments[1:], *keywords.values()]
+        states = [x for x in others if isinstance(x, Tensor) and x.ndim == 3]
+        masks = [mask for mask in map(read, states) if mask is not own]
+        module.int8.real(own, masks[0] if masks else own)
+
+    handles = [
+        module.register_forward_pre_hook(enter, with_kwargs=True)
+        for module in block.modules()
+        if isinstance(getattr(module, "int8", None), AttentionObserver)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

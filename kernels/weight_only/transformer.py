@@ -38,7 +38,10 @@ from goldcrest.kernels.weight_only.linear import Compute, WeightOnlyLinear
 GROUP_SIZES = (1024, 512, 256, 128, 64, 32)
 """Group sizes that are offered where another one does not fit."""
 
-QUERIES_AND_KEYS = ("q_proj", "k_proj", "q", "k", "query", "key")
+QUERIES_AND_KEYS = (
+    *("q_proj", "k_proj", "q", "k", "query", "key"),
+    *("Wqkv", "c_attn", "query_key_value", "qkv_proj", "qkv"),  # with the values in one matrix
+)
 """Layers whose range AWQ keeps: their outputs meet in a product, where clipping does harm."""
 
 

@@ -14,7 +14,8 @@ Metrics: language.<model>.{perplexity, bits_per_char, bits_per_byte, entropy, <t
 bits, tokens_per_second, first_token_ms, next_token_ms, peak_mb, ...} (the last four are measured).
 
 Artifact: losses (model, row, nll, entropy, tokens, characters, bytes), answers (model, id, prompt,
-answer, references: some to read), the figures quality_by_sparsity and quality_by_size.
+answer, references: some to read), prompts (bos: whether they began with the tokenizer's bos, as the
+token rows do), the figures quality_by_sparsity and quality_by_size.
 """
 
 from __future__ import annotations
@@ -103,6 +104,7 @@ def evaluate_text(
     for name, measured in _answers(cfg, corpus, tokens, folders, facts, out).items():
         found[name].update(measured)
     language = _report(cfg, found, out)
+    out.json("prompts", {"bos": tokens.json("facts")["bos"]})
     sizes = _sizes(folders, facts)
     out.metrics(models=sizes)
     _figures(language, sizes, out)
@@ -190,7 +192,7 @@ def _answers(
         prompts = [quality.prompt_of(each) for each in examples]
         parts, answer = _parts(prompts, cfg.shard_rows), quality.answers
         shards = [
-            quality.AnswerShard(folders[name], tuple(part), *how)
+            quality.AnswerShard(folders[name], tuple(part), *how, bos=tokens.json("facts")["bos"])
             for name in writers
             for part in parts
         ]

@@ -29,6 +29,7 @@ from goldcrest.cluster.api import Config, InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import GenerationConfig
 
     from goldcrest.tasks.language.bundle import LanguageModel
 
@@ -39,6 +40,12 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 WRITERS = ("causal", "seq2seq")
 """Families of models that write text after a prompt."""
+_OF_THE_MODEL = (
+    *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"),
+    *("forced_bos_token_id", "forced_eos_token_id", "bad_words_ids"),
+    *("suppress_tokens", "begin_suppress_tokens"),
+)
+"""What a model's folder says of the tokens it can write; the rest of it is taste."""
 
 
 class GenerationSettings(Config):
@@ -93,6 +100,20 @@ class Piece:
     finish_reason: FinishReason | None = None
 
 
+def without_taste(known: GenerationConfig) -> GenerationConfig:
+    """The settings without penalties, sampling and lengths that a model's maker liked.
+
+    transformers fills in from them whatever a request leaves open, so they would leak into plain
+    greedy decoding, and into what models are compared by.
+    """
+    from transformers import GenerationConfig
+
+    kept = {name: getattr(known, name, None) for name in _OF_THE_MODEL}
+    return GenerationConfig(
+        **{name: value for name, value in kept.items() if value not in (None, [])}
+    )
+
+
 class Generator:
     """Text from one loaded bundle."""
 
@@ -101,7 +122,8 @@ class Generator:
     def __init__(self, model: LanguageModel, *, batch_size: int = 16) -> None:
         """`batch_size` prompts run through the model together at most.
 
-        Raises InputError for a model that can't continue a text: an encoder, a speech model.
+        The model's `generation_config` keeps its special tokens only (`without_taste`). Raises
+        InputError for a model that can't continue a text: an encoder, a speech model.
         """
         from goldcrest.kernels.language.architectures import longest_text
 
@@ -113,6 +135,7 @@ class Generator:
             )
         self.bundle, self.tokenizer = model, model.tokenizer
         self.model: Any = model.model  # `generate` is mixed in by the library, untyped
+        self.model.generation_config = without_taste(self.model.generation_config)
         self.batch_size = batch_size
         self.context = longest_text(self.model.config) if self.family == "causal" else None
 
@@ -273,7 +296,7 @@ class Generator:
         }
 
     def _config(self, room: int, settings: GenerationSettings, least: int) -> Any:
-        """transformers' own settings; what the model's folder says of sampling must not leak in."""
+        """transformers' own settings; open ones are filled in from the model's special tokens."""
         from transformers import GenerationConfig
 
         known = self.model.generation_config

@@ -79,7 +79,7 @@ def evaluate_bundle(folder: Path, *, cfg: HarnessConfig, seed: int, device: str)
         some = ", ".join(known[:10]) + (", ..." if len(known) > 10 else "")
         raise InputError(f"the harness has no task '{unknown[0]}'; there are {len(known)}: {some}")
     found = lm_eval.simple_evaluate(
-        model=BundleModel(bundle, batch_size=cfg.batch_size, seed=seed),
+        model=BundleModel(bundle, batch_size=cfg.batch_size, seed=seed, chat=cfg.chat),
         tasks=list(cfg.tasks),
         num_fewshot=cfg.shots,
         limit=cfg.examples,

@@ -34,9 +34,21 @@ _Request = tuple[tuple[str, str], list[int], list[int]]
 class BundleModel(TemplateLM):
     """Log-likelihoods and answers of one loaded bundle."""
 
-    def __init__(self, bundle: LanguageModel, *, batch_size: int = 8, seed: int = 0) -> None:
-        """InputError for a bundle that does not write text: its answers can't be scored."""
+    def __init__(
+        self, bundle: LanguageModel, *, batch_size: int = 8, seed: int = 0, chat: bool = False
+    ) -> None:
+        """`chat`: texts are what the tokenizer's chat template wrote, special tokens included.
+
+        InputError for a bundle that does not write text: its answers can't be scored; and for
+        `chat` where the tokenizer has no template.
+        """
         super().__init__()
+        if chat and getattr(bundle.tokenizer, "chat_template", None) is None:
+            raise InputError(
+                f"the tokenizer of the bundle '{bundle.facts['name']}' has no chat template",
+                hint="set chat to false",
+            )
+        self._chat = chat
         self._generator = Generator(bundle, batch_size=batch_size)
         self._bundle, self._batch_size, self._seed = bundle, batch_size, seed
         self.tokenizer = bundle.tokenizer
@@ -64,7 +76,12 @@ class BundleModel(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """Tokens of a text, with the bundle's special ones unless they are not wanted."""
+        """Tokens of a text, with the bundle's special ones unless they are not wanted.
+
+        A chat template has written special tokens itself, the one that begins a text too.
+        """
+        if self._chat:
+            return list(self.tokenizer(string, add_special_tokens=False)["input_ids"])
         if add_special_tokens is False:
             return list(encode_plain(self.tokenizer, [string])[0].ids)
         return encode_prompt(self._bundle, string)

@@ -52,6 +52,7 @@ class Material:
     batch_tokens: int  # of a batch that is measured
     pad: int
     mask: int | None  # the mask token's id, of masked models
+    special: tuple[int, ...]  # tokens that no masked model is asked for
     seed: int
     insert_scales: bool  # multiply inputs where no norm takes AWQ's or TEQ's scales
     device: str
@@ -108,7 +109,7 @@ class Material:
         else:
             rng = np.random.default_rng([self.seed, 5, number])  # the same gaps in every trial
             assert self.mask is not None
-            made = batches.masked_batch(rows, self.pad, self.mask, rng)
+            made = batches.masked_batch(rows, self.pad, self.mask, rng, special=self.special)
         return {name: value.to(self.device) for name, value in made.items()}
 
 
@@ -229,16 +230,20 @@ def latencies(model: nn.Module, material: Material) -> dict[str, float]:
     """Milliseconds to the first token and to each next one of a causal model, greedy, batch 1."""
     import torch
 
+    from goldcrest.kernels.language.architectures import longest_text
+
     if material.family != "causal":
         return {}
     reader = open_rows(material.validation, material.family)
     row = reader[int(np.argmax(reader.lengths))]
-    tokens = np.concatenate([row.prompt, row.answer])[:PROMPT]
+    most = longest_text(load_config(material.bundle)) or PROMPT + DECODED
+    decoded = min(DECODED, most - 1)  # a prompt of one token and those have positions
+    tokens = np.concatenate([row.prompt, row.answer])[: min(PROMPT, most - decoded)]
     ids = torch.from_numpy(tokens.astype(np.int64))[None].to(material.device)
     with torch.inference_mode():
-        _decode(model, ids, 2)  # packs weights, warms caches
-        first, following = _decode(model, ids, DECODED)
-    return {"first_token_ms": 1e3 * first, "next_token_ms": 1e3 * following / DECODED}
+        _decode(model, ids, min(2, decoded))  # packs weights, warms caches
+        first, following = _decode(model, ids, decoded)
+    return {"first_token_ms": 1e3 * first, "next_token_ms": 1e3 * following / max(decoded, 1)}
 
 
 def _decode(model: nn.Module, ids: torch.Tensor, count: int) -> tuple[float, float]:

@@ -200,9 +200,17 @@ def _files_by_role(cfg: TextConfig) -> dict[str, list[TextFile]]:
     if cfg.paths and not files["train"]:
         raise InputError(
             f"no file is for training among {', '.join(f.name for f in _all(files)[:5])}",
-            hint="say by corpus.roles.train which are, e.g. -o 'corpus.roles.train=[dev]'",
+            hint=_for_training(cfg, files),
         )
     return files
+
+
+def _for_training(cfg: TextConfig, files: dict[str, list[TextFile]]) -> str:
+    """How some of the files become training files: what another role claims goes there first."""
+    role = next((each for each in ("validation", "test") if files[each]), None)
+    if role is None:
+        return f"none has a word of corpus.roles.train, which is {list(cfg.roles.train)}"
+    return f"train on those for {role}: -o 'corpus.roles.{role}=[]' -o 'corpus.roles.train=[\"*\"]'"
 
 
 def _all(files: dict[str, list[TextFile]]) -> list[TextFile]:

@@ -7,6 +7,7 @@ and megabytes differ between runs and stay in the manifest of the evaluation.
 Artifact: the bundle's files; `measured` in bundle.json holds
     <metric>, <metric>_ci    and the rows and examples they were computed on
     bytes                    of what serving needs
+and `bos` says whether prompts begin with the tokenizer's bos (see prompts.py).
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ def publish_text(
     """Copy the bundle `model` and complete it with what `evaluation` says of it."""
     description = read_description(verified(model))
     description["measured"] = _measured(evaluation, cfg.name or description["name"])
+    description |= evaluation.json("prompts")  # it is prompted as it was trained and measured
     for member in model.manifest["files"]:
         if member in MEMBERS or member.startswith("tokenizer/"):
             shutil.copyfile(model.file(member), out.file(member))

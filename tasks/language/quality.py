@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -154,6 +154,7 @@ class AnswerShard:
     settings: GenerationSettings
     batch_size: int
     device: str
+    bos: bool  # whether prompts begin as the token rows do
 
 
 def answers(shard: AnswerShard) -> list[str]:
@@ -161,6 +162,7 @@ def answers(shard: AnswerShard) -> list[str]:
     from goldcrest.tasks.language.generation import Generator
 
     bundle = load_on(shard.folder, shard.device)
+    bundle = replace(bundle, facts={**bundle.facts, "bos": shard.bos})
     generator = Generator(bundle, batch_size=shard.batch_size)
     return [each.text for each in generator.generate(shard.prompts, shard.settings)]
 

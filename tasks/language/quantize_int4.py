@@ -31,6 +31,7 @@ from goldcrest.cluster.api import (
 from goldcrest.tasks.language import int4_report, int4_trials
 from goldcrest.tasks.language.bundle import (
     float_text_bundle,
+    load_bare,
     load_config,
     read_description,
     write_bundle,
@@ -177,6 +178,8 @@ def quantize_int4(cfg: Int4Config, model: Artifact, tokens: Artifact, out: Outpu
         config=load_config(material.bundle),
         tensors=tensors,
         tokenizer=tokenizer_folder(model),
+        # Models that only read have none.
+        generation=getattr(load_bare(material.bundle), "generation_config", None),
         facts=facts,
     )
 
@@ -193,11 +196,10 @@ def _material(cfg: Int4Config, model: Artifact, tokens: Artifact, out: Output) -
                 f"the tokens have no {split} rows, which are needed to "
                 + ("calibrate on" if split == "train" else "measure the model on")
             )
-    mask = None
-    if description["family"] == "masked":
-        mask = load_tokenizer(tokenizer_folder(model)).mask_token_id
-        if mask is None:
-            raise InputError("the tokenizer of this masked model has no mask token")
+    tokenizer = load_tokenizer(tokenizer_folder(model))
+    mask = tokenizer.mask_token_id if description["family"] == "masked" else None
+    if description["family"] == "masked" and mask is None:
+        raise InputError("the tokenizer of this masked model has no mask token")
     pad = load_config(folder).get_text_config().pad_token_id
     return int4_trials.Material(
         bundle=folder,
@@ -208,6 +210,7 @@ def _material(cfg: Int4Config, model: Artifact, tokens: Artifact, out: Output) -
         batch_tokens=cfg.batch_tokens,
         pad=pad if isinstance(pad, int) else 0,
         mask=mask,
+        special=tuple(tokenizer.all_special_ids),
         seed=out.seed,
         insert_scales=not cfg.exports,
         device="cuda" if out.runtime.gpus else "cpu",

@@ -125,7 +125,9 @@ def _batches(
             return batches.causal_batch(some, pad)
         if tokenizer.mask_token_id is None:
             raise InputError("the tokenizer of this masked model has no mask token")
-        return batches.masked_batch(some, pad, tokenizer.mask_token_id, rng)
+        return batches.masked_batch(
+            some, pad, tokenizer.mask_token_id, rng, special=tokenizer.all_special_ids
+        )
 
     size = cfg.rows_per_batch
     return [collate(rows[start : start + size]) for start in range(0, len(rows), size)]

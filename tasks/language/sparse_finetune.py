@@ -131,6 +131,17 @@ class LevelsConfig(Config):
         {}, description='settings of single levels by percent: {"80": {training: {epochs: 4}}}'
     )
 
+    @field_validator("recipe", mode="before")
+    @classmethod
+    def _pattern_says_the_sparsity(cls, recipe: Any) -> Any:
+        """The recipe's own sparsity counts for nothing, so it must not contradict its pattern."""
+        settings = recipe.get("settings") if isinstance(recipe, dict) else None
+        pattern = settings.get("pattern") if isinstance(settings, dict) else None
+        match pattern:
+            case [int(zeros), int(width)] if 0 < zeros < width:
+                return {**recipe, "sparsity": zeros / width}
+        return recipe
+
     @field_validator("levels")
     @classmethod
     def _rise(cls, levels: tuple[float, ...]) -> tuple[float, ...]:

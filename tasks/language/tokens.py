@@ -12,7 +12,8 @@ counted.
 Artifact:
     train.arrow, validation.arrow, test.arrow     see tasks/data/tokens.py
     train.features.arrow, ...                     speech: see tasks/data/speech_rows.py
-    facts                                         rows, tokens, characters and bytes per split
+    facts                                         family, length, bos; rows, tokens, characters and
+                                                  bytes per split
 """
 
 from __future__ import annotations
@@ -102,7 +103,10 @@ def tokens(cfg: TokensConfig, corpus: Artifact, tokenizer: Artifact, out: Output
     write = _write_speech if cfg.family == "speech" else _write_text
     facts = write(cfg, corpus, folder, out)
     _check(facts["train"], cfg)
-    out.json("facts", {"family": cfg.family, "length": cfg.length, "splits": facts})
+    out.json(
+        "facts",
+        {"family": cfg.family, "length": cfg.length, "bos": cfg.bos, "splits": facts},
+    )
     out.metrics(tokens=facts)
     out.figure("lengths", _length_figure(out.path, cfg))
 

@@ -114,10 +114,3 @@ class Transcriber(Generator):
             "input_features": torch.stack(heard).to(device, self.model.dtype),
             "decoder_input_ids": torch.tensor([self.begin] * len(heard), device=device),
         }
-
-    def _config(self, room: int, settings: GenerationSettings, least: int) -> Any:
-        """As of any model; tokens that a trained Whisper never writes stay out."""
-        made, known = super()._config(room, settings, least), self.model.generation_config
-        made.suppress_tokens = known.suppress_tokens or None
-        made.begin_suppress_tokens = known.begin_suppress_tokens or None
-        return made

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import BloomConfig, BloomForCausalLM, Gemma2Config, Gemma2ForCausalLM
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from goldcrest.kernels.language.architectures import settle
@@ -186,13 +187,29 @@ def test_padding_changes_nothing(architecture: str) -> None:
     made = []
     for batch in (given, more):
         model = float_model(architecture)
-        settings = Settings(weights="rtn", attention=False)
-        description = quantize(model, [batch], settings)
+        description = quantize(model, [batch], Settings(weights="rtn"))
         made.append(state(model, description))
     for name, tensor in made[0].items():
         torch.testing.assert_close(made[1][name].float(), tensor.float(), rtol=1e-4, atol=1.01)
-        if "input_scale" in name:
+        if name.endswith("_scale"):  # of inputs, queries, keys, values
             torch.testing.assert_close(made[1][name], tensor, rtol=1e-4, atol=0)
+
+
+def test_an_attention_that_can_not_be_quantized_is_refused_in_words() -> None:
+    """BLOOM multiplies by itself; Gemma 2 caps its scores. Both work without INT8 attention."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "bos_token_id": 1, "eos_token_id": 2}
+    bloom = BloomForCausalLM(BloomConfig(**sizes, n_layer=1, n_head=4))
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    gemma = Gemma2ForCausalLM(
+        Gemma2Config(**sizes, **heads, intermediate_size=48, num_hidden_layers=1, pad_token_id=0)
+    )
+    for model, told in ((bloom, "code of its own"), (gemma, "computes with softcap")):
+        with pytest.raises(ValueError, match=f"{told}.* set settings.attention to false"):
+            quantize(copy.deepcopy(model.eval()), batches("llama", 1))
+        expected = logits(model, tiny_models.batch("llama"))
+        description = quantize(model, batches("llama", 1), Settings(attention=False))
+        assert description["attentions"] == {}
+        assert relative_error(logits(model, tiny_models.batch("llama")), expected) < 0.1
 
 
 def test_parts_can_be_left_in_floating_point() -> None:

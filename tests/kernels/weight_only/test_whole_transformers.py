@@ -305,6 +305,23 @@ def test_padding_counts_nowhere(method: str, architecture: str) -> None:
     assert not differing
 
 
+@pytest.mark.parametrize(
+    ("architecture", "fused"), [("gpt2", "transformer.h.0.attn.c_attn"),
+                                ("mpt", "transformer.blocks.0.attn.Wqkv")]
+)  # fmt: skip
+def test_awq_does_not_clip_queries_and_keys_that_share_a_matrix(
+    architecture: str, fused: str
+) -> None:
+    """Of the first block, whose inputs clipping elsewhere can't change."""
+    given = batches(architecture)
+    found = []
+    for clip in (True, False):
+        model = loud(fresh(architecture))
+        run(model, "awq", given, settings=weight_only.load("awq").Settings(steps=3, clip=clip))
+        found.append(model.get_submodule(fused).quantized().scales)
+    assert torch.equal(*found)
+
+
 def test_the_next_block_is_fed_by_the_quantized_prefix() -> None:
     """GPTQ's codes of the second block are those of an H that the quantized first block made."""
     given = batches("gpt2")

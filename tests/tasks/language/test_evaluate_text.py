@@ -247,6 +247,25 @@ def test_a_published_bundle_says_what_was_measured(chain: Chain, evaluation: Art
         chain.run(publish_text, PublishTextConfig(name="other"), chain.sparse, found)
 
 
+def test_prompts_begin_as_the_rows_do(chain: Chain) -> None:
+    """A model that was trained without bos is measured, and published, without it."""
+    encoder = chain.run(
+        tokenizer, TokenizerConfig(method="load", path=str(chain.tokenizer)), chain.corpus
+    )
+    rows = chain.run(tokens, TokensConfig(length=40, bos=False), chain.corpus, encoder)
+    config = CONFIG.model_copy(update={"metrics": ()})
+    found = chain.run(evaluate_text, config, chain.corpus, rows, dense=chain.dense)
+    made = chain.run(publish_text, PublishTextConfig(), chain.dense, found)
+    generator = Generator(load_bundle(made.path))
+    assert generator.encode("ab") == load_bundle(made.path).tokenizer("ab")["input_ids"]
+    shown = found.table("answers").to_pylist()
+    again = generator.generate([row["prompt"] for row in shown], GREEDY)
+    assert [row["answer"] for row in shown] == [each.text for each in again]
+    begun = Generator(load_bundle(chain.dense.path))
+    other = begun.generate([row["prompt"] for row in shown], GREEDY)
+    assert [each.text for each in other] != [each.text for each in again]
+
+
 def test_a_damaged_bundle_is_named_before_anything_runs(chain: Chain, tmp_path: Path) -> None:
     copy = chain.run(bundle_toy, BundleToyConfig(tokenizer=str(chain.tokenizer)))
     (copy.path / "bundle.json").write_text("{}")

@@ -163,12 +163,33 @@ def test_a_prompt_may_be_given_as_tokens_of_the_vocabulary() -> None:
             generator.generate([[1, token]], chosen)
 
 
-def test_what_a_models_folder_says_of_sampling_does_not_count() -> None:
-    generator = Generator(tiny_bundle("llama"))
+@pytest.mark.parametrize(
+    "taste",
+    [
+        {"do_sample": True, "temperature": 9.0, "num_beams": 4},
+        {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1},
+        {"exponential_decay_length_penalty": (0, 9.0), "min_length": 40, "max_length": 3},
+        {"sequence_bias": [[[100], 50.0]]},
+    ],
+)
+@pytest.mark.parametrize("architecture", ["llama", "t5"])
+def test_what_a_models_folder_says_of_taste_does_not_count(
+    architecture: str, taste: dict[str, Any]
+) -> None:
+    chosen = GenerationSettings(max_new_tokens=12)
+    before = Generator(tiny_bundle(architecture)).generate(PROMPTS, chosen)
+    bundle = tiny_bundle(architecture)
+    bundle.model.generation_config.update(**taste)
+    assert Generator(bundle).generate(PROMPTS, chosen) == before
+
+
+def test_tokens_that_a_model_never_writes_stay_out() -> None:
     chosen = GenerationSettings(max_new_tokens=6)
-    before = generator.generate(PROMPTS, chosen)
-    generator.model.generation_config.update(do_sample=True, temperature=9.0, num_beams=4)
-    assert generator.generate(PROMPTS, chosen) == before
+    (before,) = Generator(tiny_bundle("llama")).generate(PROMPTS[:1], chosen)
+    bundle = tiny_bundle("llama")
+    bundle.model.generation_config.suppress_tokens = [before.tokens[0]]
+    (after,) = Generator(bundle).generate(PROMPTS[:1], chosen)
+    assert before.tokens[0] not in after.tokens
 
 
 def test_a_cancelled_stream_stops_at_once() -> None:

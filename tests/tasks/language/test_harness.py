@@ -162,6 +162,22 @@ def test_answers_are_the_generators() -> None:
         adapter.generate_until([request("generate_until", "a", {"typical_p": 0.5, "until": []})])
 
 
+def test_a_chat_template_writes_special_tokens_itself() -> None:
+    model = tiny_bundle("llama")
+    model.tokenizer.chat_template = (
+        "<s>{% for turn in messages %}{{ turn['content'] }}</s>{% endfor %}"
+    )
+    adapter = BundleModel(model, chat=True)
+    text = adapter.apply_chat_template([{"role": "user", "content": "ab"}])
+    letters = model.tokenizer("ab")["input_ids"]
+    assert adapter.tok_encode(text) == [1, *letters, 2]
+    ((value, _),) = adapter.loglikelihood([request("loglikelihood", text, "cd")])
+    after = model.tokenizer("cd")["input_ids"]
+    assert value == pytest.approx(log_probability(model, [1, *letters, 2], after), abs=1e-3)
+    with pytest.raises(InputError, match="no chat template"):
+        BundleModel(tiny_bundle("llama"), chat=True)
+
+
 def test_local_tasks_on_a_bundle(run: RunTask, bundle: Artifact, tmp_path: Path) -> None:
     model = load_bundle(bundle.path)
     generator = Generator(model)

@@ -343,6 +343,13 @@ def test_bad_levels_are_refused(values: dict[str, Any], told: str) -> None:
         LevelsConfig(**values)
 
 
+def test_a_pattern_needs_no_sparsity_beside_its_level() -> None:
+    levels = LevelsConfig(levels=(0.5,), recipe={"settings": {"pattern": [2, 4]}})  # type: ignore[arg-type]
+    assert levels.step(0.5).settings["pattern"] == [2, 4]
+    with pytest.raises(ValueError, match=r"2 zeros in 4 is a sparsity of 0.5, not 0.75"):
+        LevelsConfig(levels=(0.5, 0.75), recipe={"settings": {"pattern": [2, 4]}})  # type: ignore[arg-type]
+
+
 def test_a_level_may_change_its_method() -> None:
     """Settings of the recipe's method are not handed to another one; single values are merged."""
     changes = {"50": {"method": "wanda", "distillation": "none"}, "75": {"training": {"epochs": 7}}}

@@ -12,10 +12,13 @@ import pytest
 from pydantic import ValidationError
 
 from goldcrest.cluster.api import Artifact, InputError
+from goldcrest.cluster.config_file import load_config
+from goldcrest.pipelines import language
 from goldcrest.tasks.language.examples import SPLITS, Example, Split, count_examples, read_examples
 from goldcrest.tasks.language.prepare import TextConfig, prepare_text
 
 RunTask = Callable[..., Artifact]
+CONFIGS = Path(__file__).resolve().parents[3] / "configs" / "language"
 
 
 def jsonl(path: Path, rows: Sequence[object]) -> Path:
@@ -172,8 +175,10 @@ def test_too_many_bad_rows_are_an_error_that_names_the_line(
 
 def test_nothing_to_train_on(tmp_path: Path, run_task: RunTask) -> None:
     path = jsonl(tmp_path / "test.jsonl", pairs(3))
-    with pytest.raises(InputError, match="no file is for training"):
+    with pytest.raises(InputError, match="no file is for training") as refused:
         run_task(prepare_text, config(path))
+    assert refused.value.hint is not None and "corpus.roles.test=[]" in refused.value.hint
+    run_task(prepare_text, config(path, roles={"test": [], "train": ["*"]}))  # as the hint says
     same = jsonl(tmp_path / "train.jsonl", pairs(3))
     with pytest.raises(InputError, match="no row is left for training"):
         run_task(prepare_text, config(same, path))
@@ -248,3 +253,65 @@ def test_configs_that_cannot_work(settings: dict[str, Any], why: str) -> None:
 def test_the_name_of_a_single_file_is_in_the_config(tmp_path: Path) -> None:
     """Its role is read off its name, and a file's fingerprint is without its name."""
     assert config(tmp_path / "train.jsonl").names == ("train.jsonl",)
+
+
+PACKS = [
+    (
+        "e2e",
+        {"mr": "name[The Vaults], priceRange[£ 30]", "ref": "It costs £ 30 ."},
+        "name[The Vaults], priceRange[£30]\n",
+        ["It costs £30."],
+    ),
+    ("multi30k", {"en": "A man.", "de": "Ein Mann."}, "A man.", ["Ein Mann."]),
+    (
+        "dart",
+        {"tripleset": [["A", "IN", "B"], ["A", "AT", "C"]], "refs": ["x", "y"], "sources": ["s"]},
+        "A : IN : B | A : AT : C\n",
+        ["x", "y"],
+    ),
+    (
+        "paper-mpt-gsm8k",
+        {"question": "1 + 1?", "answer": "It is <<1+1=2>>2.\n#### 2"},
+        "1 + 1?\n",
+        ["It is <<1+1=2>>2.\n#### 2"],
+    ),
+    (
+        "paper-t5-wmt14",
+        {"en": "A man.", "de": "Ein Mann."},
+        "translate English to German: A man.",
+        ["Ein Mann."],
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "row", "prompt", "answers"), PACKS, ids=[p[0] for p in PACKS])
+def test_packs_are_read_by_their_configs_alone(
+    name: str,
+    row: dict[str, object],
+    prompt: str,
+    answers: list[str],
+    tmp_path: Path,
+    run_task: RunTask,
+) -> None:
+    """A row as the pack has it, in files that are called as the pack's (DART has no train)."""
+    cfg = load_config(language.Config, file=CONFIGS / f"{name}.yaml").corpus
+    jsonl(tmp_path / "pack" / ("dev.jsonl" if name == "dart" else "train.jsonl"), [row])
+    here = {"paths": (str(tmp_path / "pack"),), "validation_share": 0.0, "test_share": 0.0}
+    corpus = run_task(prepare_text, TextConfig(**{**cfg.model_dump(), **here}))
+    found = examples(corpus, "train")
+    assert [(each.prompt, each.answer) for each in found] == [(prompt, a) for a in answers]
+
+
+def test_articles_are_documents(tmp_path: Path, run_task: RunTask) -> None:
+    """WikiText, as the head of configs/language/plain.yaml says."""
+    (tmp_path / "train.txt").write_text(" \n = One = \n \n Text . \n = Two = \n More . \n")
+    cfg = load_config(
+        language.Config,
+        file=CONFIGS / "plain.yaml",
+        overrides=["corpus.documents.split=headings", f"corpus.paths=[{tmp_path}/train.txt]"],
+    ).corpus
+    corpus = run_task(
+        prepare_text, cfg.model_copy(update={"validation_share": 0.0, "test_share": 0.0})
+    )
+    found = [each.answer.split() for each in examples(corpus, "train")]
+    assert found == [["=", "One", "=", "Text", "."], ["=", "Two", "=", "More", "."]]

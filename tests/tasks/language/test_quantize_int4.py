@@ -186,7 +186,8 @@ def test_finds_the_smallest_recipe_within_the_tolerance(
     assert isinstance(loaded.model.lm_head, torch.nn.Linear)
     material = Material(
         bundle=dense.path, train=rows.file("train.arrow"), validation=rows.file("validation.arrow"),
-        calibration=6, length=24, evaluation=20, batch_tokens=256, pad=0, mask=None, seed=3,
+        calibration=6, length=24, evaluation=20, batch_tokens=256, pad=0, mask=None, special=(),
+        seed=3,
         insert_scales=True, device="cpu", scratch=made.path,
     )  # fmt: skip
     again = measure(loaded.model, material.evaluation_batches(), "causal")
@@ -315,6 +316,61 @@ def test_encoder_decoders_and_encoders(
     assert made.metrics["int4"]["perplexity"] > 1
     loaded = load_model(made.path)
     assert all(isinstance(loaded.get_submodule(n), WeightOnlyLinear) for n in block_linears(model))
+
+
+def test_a_masked_model_is_not_asked_for_special_tokens(rows: Artifact, tmp_path: Path) -> None:
+    """Ends and beginnings of texts say nothing of how well a model knows the language."""
+    dense = bundle(tmp_path / "dense", tiny_models.bert(num_hidden_layers=1).eval(), "masked")
+    material = Material(
+        bundle=dense.path, train=rows.file("train.arrow"), validation=rows.file("validation.arrow"),
+        calibration=6, length=24, evaluation=20, batch_tokens=256, pad=0, mask=3,
+        special=tuple(range(40)), seed=3, insert_scales=True, device="cpu", scratch=tmp_path,
+    )  # fmt: skip
+    for batch in material.evaluation_batches() + material.calibration_batches():
+        asked = batch["labels"][batch["labels"] >= 0]
+        assert len(asked) and bool((asked >= 40).all())
+
+
+def test_the_special_tokens_are_the_tokenizers(
+    run: Run, rows: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, ...]] = []
+    batches = Material.evaluation_batches
+
+    def watched(self: Material) -> Any:
+        seen.append(self.special)
+        return batches(self)
+
+    monkeypatch.setattr(Material, "evaluation_batches", watched)
+    model = tiny_models.bert(num_hidden_layers=1).eval()
+    run({"methods": {"rtn": {}}, "group_sizes": [-1], "tolerance": 9.0},
+        bundle(tmp_path / "dense", model, "masked"), rows)  # fmt: skip
+    assert seen and set(seen) == {(0, 3)}
+
+
+def test_a_context_that_is_shorter_than_the_latencies_want(
+    run: Run, rows: Artifact, tmp_path: Path
+) -> None:
+    """Learned positions end at 24, where rows end too."""
+    model = tiny_models.gpt2(n_layer=1, n_positions=24).eval()
+    made = run({"methods": {"rtn": {}}, "group_sizes": [-1], "tolerance": 9.0},
+               bundle(tmp_path / "dense", model), rows)  # fmt: skip
+    assert made.manifest["measurements"]["int4"]["next_token_ms"] > 0
+
+
+def test_what_ends_a_text_is_kept(run: Run, rows: Artifact, tmp_path: Path) -> None:
+    """Chat models end at several tokens, which only generation_config.json names."""
+    model = tiny_models.llama(num_hidden_layers=1).eval()
+    dense = bundle(tmp_path / "dense", model)
+    known = json.loads(dense.file("generation_config.json").read_text())
+    (dense.path / "generation_config.json").write_text(
+        json.dumps({**known, "eos_token_id": [2, 7], "suppress_tokens": [5]})
+    )
+    made = run({"methods": {"rtn": {}}, "group_sizes": [-1], "tolerance": 9.0},
+               artifact(dense.path, "finetune"), rows)  # fmt: skip
+    found = load_model(made.path).generation_config
+    assert found.eos_token_id == [2, 7]
+    assert found.suppress_tokens == [5]
 
 
 def test_zeros_of_a_sparse_model_stay(run: Run, rows: Artifact, tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ from goldcrest.kernels.language.stacks import block_linears
 from goldcrest.kernels.quantization.int8_linear import Int8Linear
 from goldcrest.tasks.bundles import load_state
 from goldcrest.tasks.data.tokens import TokenRow, TokenWriter
-from goldcrest.tasks.language.bundle import bundle_bytes, load_bundle, write_bundle
-from goldcrest.tasks.language.quantize_int8 import QuantizeInt8Config, quantize_int8
+from goldcrest.tasks.language.bundle import bundle_bytes, load_bundle, load_config, write_bundle
+from goldcrest.tasks.language.quantize_int8 import QuantizeInt8Config, _batches, quantize_int8
 from tests.kernels.language import tiny_models
 
 RunTask = Callable[..., Artifact]
@@ -99,6 +99,20 @@ def test_the_bundle_computes_on_integers(
     assert made.file("figures/operations.png").stat().st_size > 0
     table = made.table("operations")
     assert table.num_rows == len(loaded.facts["quantization"]["scores"])
+
+
+def test_a_masked_model_is_not_calibrated_on_guessing_special_tokens(tmp_path: Path) -> None:
+    dense = bundle_of(tmp_path / "dense", tiny_models.bert(num_hidden_layers=1).eval())
+    (tmp_path / "tokens").mkdir()
+    ends = np.array([2, 2, 2, 2, 2, 9], np.int32)
+    with TokenWriter(tmp_path / "tokens" / "train.arrow") as writer:
+        for number in range(20):
+            writer.write(TokenRow(ends[:1], ends[1:]), example=number, characters=9, size=9)
+    given = _batches(
+        CFG, "masked", load_config(dense.path), dense, finished(tmp_path / "tokens", "tokens"), 3
+    )
+    for batch in given:
+        assert set(batch["labels"][batch["labels"] >= 0].tolist()) == {9}
 
 
 def test_skipped_operations_are_told_and_stay_float(tmp_path: Path, run_task: RunTask) -> None:
