@@ -50,7 +50,7 @@ def report(
     rule: Rule,
     results: Sequence[Mapping[str, Any]],
     skipped: Mapping[int, str],
-    baseline: Mapping[str, float],
+    baseline: Mapping[str, Any],
 ) -> None:
     """Metrics, the table of trials, the figure, and what was measured by the clock."""
     losses = [rule.loss(trial.metric) for _, trial in found.tried]
@@ -85,10 +85,21 @@ def report(
             "recipe": found.recipe.name,
             "trials": len(found.tried),
             "share_of_float32": chosen["quantized_bytes"] / chosen["quantized_float32_bytes"],
+            **_decoding(baseline, chosen),
         }
     )
     clock = {name: value for name, value in baseline.items() if name.endswith("_ms")}
     out.measure(int4={**chosen["measured"], "float": clock})
+
+
+def _decoding(baseline: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """The loss on a few rows read as in decoding, where other products are taken than in the
+    trials, and the perplexity's relative loss there."""
+    before, after = baseline["pieced_loss"], chosen["pieced_loss"]
+    if before is None or after is None:
+        return {}
+    relative = math.exp(min(after - before, 700.0)) - 1.0
+    return {"decoding": {"loss": after, "float_loss": before, "relative_perplexity_loss": relative}}
 
 
 def _figure(cfg: Int4Config, found: Found, losses: Sequence[float], tolerance: float) -> Figure:

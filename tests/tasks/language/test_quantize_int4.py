@@ -24,7 +24,7 @@ from goldcrest.kernels.weight_only.linear import WeightOnlyLinear
 from goldcrest.kernels.weight_only.transformer import quantized_layers
 from goldcrest.tasks.data.tokens import TokenRow, TokenWriter, cut
 from goldcrest.tasks.language.bundle import load_bundle, load_model, write_bundle
-from goldcrest.tasks.language.int4_trials import Material, measure
+from goldcrest.tasks.language.int4_trials import PIECED_ROWS, Material, measure, pieced_loss
 from goldcrest.tasks.language.quantize_int4 import Int4Config, quantize_int4
 from tests.kernels.language import tiny_models
 
@@ -192,6 +192,8 @@ def test_finds_the_smallest_recipe_within_the_tolerance(
     )  # fmt: skip
     again = measure(loaded.model, material.evaluation_batches(), "causal")
     assert again["perplexity"] == told["perplexity"]
+    assert pieced_loss(loaded.model, material) == told["decoding"]["loss"]
+    assert abs(told["decoding"]["relative_perplexity_loss"]) < 0.06
     assert loaded.facts["bits"] == 4
     record = loaded.facts["recipe"]
     assert record["within_tolerance"] is True
@@ -209,6 +211,23 @@ def test_finds_the_smallest_recipe_within_the_tolerance(
     small = made.file("model.safetensors").stat().st_size
     assert small < 0.5 * dense.file("model.safetensors").stat().st_size
     assert told["share_of_float32"] < 0.2
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_pieces_behind_a_cache_are_the_whole_row(
+    plain: bool, dense: Artifact, tmp_path: Path
+) -> None:
+    """Of a float model; with a prompt, only the answer counts."""
+    made = tokens(tmp_path / "tokens", plain=plain)
+    paths = {name: made.file(f"{name}.arrow") for name in ("train", "validation")}
+    material = Material(
+        bundle=dense.path, **paths, calibration=6, length=24, evaluation=PIECED_ROWS,
+        batch_tokens=24, pad=0, mask=None, special=(), seed=3, insert_scales=True, device="cpu",
+        scratch=tmp_path,
+    )  # fmt: skip
+    model = material.load()
+    whole = measure(model, material.evaluation_batches(), "causal")
+    assert pieced_loss(model, material) == pytest.approx(whole["loss"], rel=1e-5)
 
 
 def test_how_far_workers_run_ahead_changes_nothing(
