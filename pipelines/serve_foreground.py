@@ -1,11 +1,13 @@
 """An endpoint in the foreground, from its start to its end, as signals steer it.
 
 What is served are copies of the bundles, in the state folder under their fingerprints: a folder
-that is replaced or cleaned away while a replica might have to load it again changes nothing.
+that is replaced or cleaned away while a replica might have to load it again changes nothing. The
+folder is one server's at a time: another would delete the copies that this one may need.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
@@ -15,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from goldcrest.cluster.errors import GoldcrestError
+from goldcrest.cluster.errors import GoldcrestError, InputError
 from goldcrest.cluster.masking import mask_text
 from goldcrest.cluster.serving_process import Serving, check_room, serving
 from goldcrest.pipelines.cli_common import Answer, say, warn, write_json
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 _POLL = 0.2  # seconds between two looks at what signals asked for
 BUNDLES = "bundles"  # in the state folder
+LOCK = "serve.lock"  # there too: locked by the server whose folder it is, whose process id it holds
 
 
 class Foreground:
@@ -50,12 +53,17 @@ class Foreground:
         self._json_file = json_file
 
     def run(self, profile: Profile, *, host: str, port: int, choice: BundleChoice) -> None:
-        """Serve until SIGINT or SIGTERM."""
+        """Serve until SIGINT or SIGTERM; InputError where another server has the state folder."""
         began = time.monotonic()
-        for of_the_dead in ("metrics", BUNDLES):
-            shutil.rmtree(self._settings.state_folder / of_the_dead, ignore_errors=True)
-        with serving(profile, host=host, port=port) as running, _signals() as asked:
+        folder = self._settings.state_folder
+        with (
+            held(folder),
+            serving(profile, host=host, port=port) as running,
+            _signals() as asked,
+        ):
             check_room(self._settings.replicas, cpus=self._settings.cpus, gpus=self._settings.gpus)
+            for of_the_dead in ("metrics", BUNDLES):
+                shutil.rmtree(folder / of_the_dead, ignore_errors=True)
             self._write(self._take(choice))
             running.deploy(self._kind.application(self._settings))
             self._tell(running, choice, time.monotonic() - began)
@@ -118,6 +126,42 @@ class Foreground:
         for folder in choice.bundles.values():
             facts, *_ = running.everywhere(models, "describe", str(folder), seconds=60)
             running.everywhere(models, "load", facts["model"], seconds=120)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """The state folder, made if need be, as this process's alone; InputError if another has it.
+
+    The system lets go of the lock when its holder ends, however it ends.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = (folder / LOCK).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise _unusable(folder, error) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read(32).strip() or "unknown"
+            raise InputError(
+                f"another `goldcrest serve` (process {holder}) uses the state folder {folder}",
+                hint="stop that one, or give this one a folder of its own with --state DIR",
+            ) from None
+        except OSError as error:
+            raise _unusable(folder, error) from None
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        yield
+
+
+def _unusable(folder: Path, error: OSError) -> InputError:
+    return InputError(
+        f"the state folder {folder} cannot be used: {error.strerror}",
+        hint="choose another with --state DIR, on a local disk",
+    )
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -224,3 +226,42 @@ def test_a_moved_state_folder_takes_the_list_of_models_along(
     moved = with_models_file(SpeakerSettings(state_folder=Path("elsewhere")))
     assert moved.state_folder == tmp_path / "elsewhere"
     assert moved.models == {"file": str(tmp_path / "elsewhere" / MODELS)}
+
+
+def test_a_state_folder_has_one_server_at_a_time(
+    serve: Call, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second one is refused before it deletes what the first may have to load again."""
+    from goldcrest.pipelines import serve_foreground
+
+    started: list[str] = []
+    monkeypatch.setattr(serve_foreground, "serving", lambda *_, **__: started.append("serving"))
+    copy = tmp_path / ".goldcrest" / "serve" / "bundles" / "kept"
+    copy.mkdir(parents=True)
+    with serve_foreground.held(tmp_path / ".goldcrest" / "serve"):
+        code, said = serve(bundle, "--port", "0")
+    assert code == 2
+    assert f"(process {os.getpid()})" in said
+    assert "--state DIR" in said
+    assert copy.is_dir()
+    assert not started
+    with serve_foreground.held(tmp_path / ".goldcrest" / "serve"):
+        pass  # whoever has ended holds nothing
+
+
+def test_a_taken_port_deletes_nothing(serve: Call, bundle: Path, tmp_path: Path) -> None:
+    copy = tmp_path / ".goldcrest" / "serve" / "bundles" / "kept"
+    copy.mkdir(parents=True)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        code, said = serve(bundle, "--port", str(taken.getsockname()[1]))
+    assert code == 2
+    assert "choose another --port" in said
+    assert copy.is_dir()
+
+
+def test_a_state_folder_that_cannot_be_made_is_named(serve: Call, bundle: Path) -> None:
+    Path("file").touch()
+    code, said = serve(bundle, "--state", "file/serve", "--port", "0")
+    assert code == 2
+    assert "the state folder" in said
+    assert "--state DIR" in said
