@@ -51,6 +51,7 @@ class Foreground:
         self._settings = settings
         self._look = look
         self._json_file = json_file
+        self._serving: BundleChoice  # copies of the bundles that were last taken into service
 
     def run(self, profile: Profile, *, host: str, port: int, choice: BundleChoice) -> None:
         """Serve until SIGINT or SIGTERM; InputError where another server has the state folder."""
@@ -64,7 +65,8 @@ class Foreground:
             check_room(self._settings.replicas, cpus=self._settings.cpus, gpus=self._settings.gpus)
             for of_the_dead in ("metrics", BUNDLES):
                 shutil.rmtree(folder / of_the_dead, ignore_errors=True)
-            self._write(self._take(choice))
+            self._serving = self._take(choice)
+            self._write(self._serving)
             running.deploy(self._kind.application(self._settings))
             self._tell(running, choice, time.monotonic() - began)
             while "stop" not in asked:
@@ -114,11 +116,35 @@ class Foreground:
             taken = self._take(choice)
             self._preload(running, taken)
             self._write(taken)
-            running.everywhere(self._kind.endpoint, "reload", seconds=120)
         except (GoldcrestError, OSError) as error:
             warn(f"the models stay as they were: {mask_text(str(error))}")
+            return
+        try:
+            self._reload(running)
+        except GoldcrestError as error:
+            self._swap_back(running, error)
         else:
+            self._serving = taken
             say(f"now serving {', '.join(choice.bundles)}")
+
+    def _swap_back(self, running: Serving, why: GoldcrestError) -> None:
+        """The old bundles again, also in those HTTP replicas that have taken the new ones."""
+        reason = mask_text(str(why))
+        try:
+            self._write(self._serving)
+            self._reload(running)
+        except (GoldcrestError, OSError) as error:
+            warn(
+                f"the swap failed ({reason}), and so did the way back ({mask_text(str(error))}): "
+                "replicas may serve the old models or the new ones; send SIGHUP again, or start "
+                "this server anew"
+            )
+        else:
+            warn(f"the models are again those from before: {reason}")
+
+    def _reload(self, running: Serving) -> None:
+        """Have every HTTP replica take the models that are written down."""
+        running.everywhere(self._kind.endpoint, "reload", seconds=120)
 
     def _preload(self, running: Serving, choice: BundleChoice) -> None:
         """Load the bundles in every replica of the model; an error in words if one cannot be."""

@@ -122,17 +122,24 @@ class GenerateEndpoint(Endpoint):
         self._models = models
         self._served: dict[str, Served] = {}
         self._user_config: dict[str, Any] = {}
+        self._choices = 0  # how often another one was asked for
         self._text = GenerateMetrics(self.metrics.registry)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Take the bundles of a choice into service; requests go on meanwhile."""
+        """Take the bundles of a choice into service; requests go on meanwhile.
+
+        A choice that is overtaken by a later one while it loads comes to nothing.
+        """
+        self._choices += 1
+        turn = self._choices
         served = {}
         for name, folder in BundleChoice.read(user_config).bundles.items():
             facts = await self._models.describe.remote(str(folder))
             handle = self._models.options(multiplexed_model_id=facts["model"])
             await handle.load.remote(facts["model"])
             served[name] = Served(name, fingerprint(facts["model"]), handle, facts)
-        self._served, self._user_config = served, user_config
+        if turn == self._choices:
+            self._served, self._user_config = served, user_config
 
     async def reload(self) -> None:
         """Look at the bundles again; on any error those in service stay."""

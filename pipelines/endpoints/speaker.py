@@ -155,6 +155,7 @@ class SpeakerEndpoint(Endpoint):
         self._models = models
         self._served: dict[str, Served] = {}
         self._user_config: dict[str, Any] = {}
+        self._choices = 0  # how often another one was asked for
         self._enrolments = Enrolments(
             settings.state_folder.absolute() / DATABASE,
             max_speakers=settings.max_speakers,
@@ -162,7 +163,12 @@ class SpeakerEndpoint(Endpoint):
         )
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Take the bundles of a `ModelChoice` into service; requests go on meanwhile."""
+        """Take the bundles of a `ModelChoice` into service; requests go on meanwhile.
+
+        A choice that is overtaken by a later one while it loads comes to nothing.
+        """
+        self._choices += 1
+        turn = self._choices
         choice = ModelChoice.read(user_config)
         served = {}
         for name, folder in choice.bundles.items():
@@ -173,7 +179,8 @@ class SpeakerEndpoint(Endpoint):
             await handle.load.remote(facts["model"])
             threshold = choice.threshold_of(folder, calibration)
             served[name] = Served(name, fingerprint(facts["model"]), handle, threshold, facts)
-        self._served, self._user_config = served, user_config
+        if turn == self._choices:
+            self._served, self._user_config = served, user_config
 
     async def reload(self) -> None:
         """Look at the bundles again; on any error those in service stay."""
