@@ -241,6 +241,8 @@ def model_options(settings: ServingSettings) -> dict[str, Any]:
         **scale,
         "ray_actor_options": {"num_cpus": settings.cpus, "num_gpus": settings.gpus},
         "max_ongoing_requests": settings.max_requests,
+        # Of each HTTP replica, on top of those that are being answered; its gate lets no more in.
+        "max_queued_requests": settings.max_requests,
         "graceful_shutdown_timeout_s": settings.drain_seconds + 1.0,
         "graceful_shutdown_wait_loop_s": 0.2,
         "health_check_period_s": 2,

@@ -46,6 +46,7 @@ from goldcrest.pipelines.endpoints.bundles import (
     fingerprint,
     refuse,
 )
+from goldcrest.pipelines.endpoints.calls import answered
 from goldcrest.pipelines.endpoints.generate_answers import (
     ChatCompletion,
     Completion,
@@ -149,7 +150,7 @@ class GenerateEndpoint(Endpoint):
         """The models in service, once a replica answers for the default one."""
         default = self._model(None)
         async with asyncio.timeout(5.0):
-            await default.handle.load.remote(default.facts["model"])
+            await answered(default.handle.load.remote(default.facts["model"]))
         return {"models": {name: each.fingerprint for name, each in self._served.items()}}
 
     def routes(self) -> APIRouter:

@@ -1,24 +1,19 @@
-"""How the HTTP side of the generate endpoint calls the model side.
+"""What the HTTP side of the generate endpoint asks of the model side.
 
-Making an answer changes nothing and the seed is part of the job, so a call whose replica was lost
-before it said anything is made again. Whoever stops waiting cancels the call: Serve does not do so
-by itself when the waiting task ends for another reason than the client's leaving.
+Making an answer changes nothing, and the seed is part of the job: it may be asked for again.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from ray.exceptions import RayActorError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from goldcrest.pipelines.endpoints.bundles import refuse
+from goldcrest.pipelines.endpoints.calls import answered, tried
 from goldcrest.pipelines.endpoints.generate_models import Begun, Completed, Delta, Job, Refused
-
-_TRIES = 3
 
 T = TypeVar("T")
 
@@ -36,25 +31,20 @@ class Served:
         """The whole answer; HTTPException where there is none."""
 
         async def ask() -> Completed | Refused:
-            call = self.handle.complete.remote(job)
-            try:
-                return await call
-            finally:
-                call.cancel()  # of no effect where it is done
+            done: Completed | Refused = await answered(self.handle.complete.remote(job))
+            return done
 
-        return _taken(await _tried(ask))
+        return _taken(await tried(ask))
 
     async def transcribe(self, recording: bytes, max_tokens: int) -> Completed:
         """What is said in a recording; HTTPException where that can't be told."""
 
         async def ask() -> Completed | Refused:
             call = self.handle.transcribe.remote(recording, max_tokens)
-            try:
-                return await call
-            finally:
-                call.cancel()  # of no effect where it is done
+            done: Completed | Refused = await answered(call)
+            return done
 
-        return _taken(await _tried(ask))
+        return _taken(await tried(ask))
 
     async def stream(self, job: Job) -> Stream:
         """The answer while it is made, once the model has taken the job on; or HTTPException."""
@@ -67,7 +57,7 @@ class Served:
                 call.cancel()
                 raise
 
-        first, call = await _tried(ask)
+        first, call = await tried(ask)
         return Stream(_taken(first), call)
 
 
@@ -84,18 +74,6 @@ class Stream:
     def cancel(self) -> None:
         """Stop the model, if it is not done."""
         self._call.cancel()
-
-
-async def _tried(ask: Callable[[], Awaitable[T]]) -> T:
-    for left in reversed(range(_TRIES)):
-        try:
-            return await ask()
-        except (BackPressureError, DeploymentUnavailableError):
-            raise refuse(503, "busy", "the model is busy; try again", retry=1) from None
-        except RayActorError:
-            if not left:
-                raise refuse(503, "busy", "the model was lost; try again", retry=5) from None
-    raise AssertionError("the last try answers or raises")
 
 
 def _taken(answer: T | Refused) -> T:

@@ -27,8 +27,6 @@ from fastapi import APIRouter, File, Form, HTTPException, UploadFile
 from fastapi import Path as PathParameter
 from pydantic import BaseModel, Field
 from ray import serve
-from ray.exceptions import RayActorError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from goldcrest.cluster.serving import Endpoint, ingress, model_options
@@ -41,6 +39,7 @@ from goldcrest.pipelines.endpoints.bundles import (
     fingerprint,
     refuse,
 )
+from goldcrest.pipelines.endpoints.calls import answered, tried
 from goldcrest.pipelines.endpoints.speaker_calibration import Calibration
 from goldcrest.pipelines.endpoints.speaker_choice import ModelChoice, check_choice
 from goldcrest.pipelines.endpoints.speaker_enrolments import (
@@ -59,7 +58,6 @@ from goldcrest.pipelines.endpoints.speaker_models import (
 
 DATABASE = "speakers.sqlite"
 _DEMO = Path(__file__).with_name("speaker_demo.html")
-_TRIES = 3  # of a call whose replica was lost: embedding changes nothing, so it may be repeated
 
 
 class SpeakerSettings(BundleSettings):
@@ -194,7 +192,7 @@ class SpeakerEndpoint(Endpoint):
         """The models in service, once a replica answers for the default one."""
         default = self._model(None)
         async with asyncio.timeout(5.0):
-            await default.handle.load.remote(default.facts["model"])
+            await answered(default.handle.load.remote(default.facts["model"]))
         await asyncio.to_thread(self._enrolments.check)
         return {"models": {name: each.fingerprint for name, each in self._served.items()}}
 
@@ -339,17 +337,13 @@ class SpeakerEndpoint(Endpoint):
     async def _embed(
         self, served: Served, contents: Sequence[bytes]
     ) -> list[tuple[Embedded, np.ndarray]]:
-        """Embed recordings; a refused one refuses the request, a lost replica is asked again."""
-        found: list[Embedded] = []
-        for left in reversed(range(_TRIES)):
-            try:
-                found = await served.handle.embed.remote(list(contents))
-                break
-            except (BackPressureError, DeploymentUnavailableError):
-                raise refuse(503, "busy", "the model is busy; try again", retry=1) from None
-            except RayActorError:
-                if not left:
-                    raise refuse(503, "busy", "the model was lost; try again", retry=5) from None
+        """Embed recordings; a refused one refuses the request."""
+
+        async def ask() -> list[Embedded]:
+            made: list[Embedded] = await answered(served.handle.embed.remote(list(contents)))
+            return made
+
+        found = await tried(ask)
         made = []
         for place, each in enumerate(found):
             if each.vector is None:

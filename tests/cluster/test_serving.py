@@ -516,6 +516,7 @@ def test_requests_are_counted_by_route_not_by_name(start: Start) -> None:
 def test_replicas_and_scaling_become_options() -> None:
     plain = model_options(ServingSettings(replicas=3, gpus=0.5))
     assert plain["num_replicas"] == 3
+    assert plain["max_queued_requests"] == ServingSettings().max_requests  # not without end
     assert plain["ray_actor_options"] == {"num_cpus": 1.0, "num_gpus": 0.5}
     scaled = model_options(ServingSettings(replicas=2, max_replicas=5))["autoscaling_config"]
     assert (scaled["min_replicas"], scaled["max_replicas"]) == (2, 5)
