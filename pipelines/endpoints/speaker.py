@@ -19,11 +19,12 @@ import asyncio
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from fastapi import APIRouter, File, Form, HTTPException, UploadFile
+from fastapi import APIRouter, Depends, File, Form, HTTPException, UploadFile
 from fastapi import Path as PathParameter
 from pydantic import BaseModel, Field
 from ray import serve
@@ -49,6 +50,7 @@ from goldcrest.pipelines.endpoints.speaker_enrolments import (
     pooled,
     unit,
 )
+from goldcrest.pipelines.endpoints.speaker_forms import only_known_fields
 from goldcrest.pipelines.endpoints.speaker_models import (
     Embedded,
     SpeakerModels,
@@ -206,7 +208,7 @@ class SpeakerEndpoint(Endpoint):
                 "max_part_size": 4096,
             },
         )
-        add = router.add_api_route
+        add = partial(router.add_api_route, dependencies=[Depends(only_known_fields)])
         add("/enroll", self.enroll, methods=["POST"], summary="Remember a speaker's voice")
         add("/verify", self.verify, methods=["POST"], summary="Is it this speaker's voice?")
         add("/identify", self.identify, methods=["POST"], summary="Whose voice is it?")

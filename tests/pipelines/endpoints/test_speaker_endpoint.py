@@ -7,6 +7,7 @@ import json
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -209,15 +210,30 @@ def test_unusable_audio_is_named(server: Server, content: bytes, words: str) -> 
         ("/verify", 3, {}, "two recordings"),
         ("/identify", 1, {"top": "0"}, "top"),
         ("/identify", 1, {"top": "many"}, "top"),
+        # What is ignored would be no claim: two recordings of an impostor are alike.
+        ("/verify", 2, {"speaker": ""}, "'speaker' is empty"),
+        ("/verify", 2, {"name": "anna"}, "no field 'name'; its fields are: audio, speaker, model"),
+        ("/verify", 2, {"speaker": ["anna", "bert"]}, "'speaker' more than once"),
+        ("/verify?speaker=anna", 2, {}, "the query of this route has no field 'speaker'"),
+        ("/enroll?speaker=anna", 1, {"speaker": "anna"}, "the query of this route"),
+        ("/enroll", 1, {"speaker": "anna", "modl": "two"}, "no field 'modl'"),
+        ("/identify", 1, {"model": ""}, "'model' is empty"),
+        ("/embed", 1, {"speaker": "anna"}, "no field 'speaker'"),
     ],
 )
 def test_wrong_forms_are_named(
-    server: Server, path: str, count: int, form: dict[str, str], words: str
+    server: Server, path: str, count: int, form: dict[str, Any], words: str
 ) -> None:
     answer = server.post(path, *[voice(100)] * count, **form)
     assert answer.status_code == 422, answer.text
     assert answer.json()["error"]["code"] == "invalid"
     assert words in answer.json()["error"]["message"]
+
+
+def test_a_query_that_is_ignored_is_refused_everywhere(server: Server) -> None:
+    for method, path in (("GET", "/speakers"), ("GET", "/models"), ("DELETE", "/speakers/anna")):
+        answer = server.call(method, f"{path}?model=two")
+        assert (answer.status_code, answer.json()["error"]["param"]) == (422, "model"), path
 
 
 def test_what_is_served_is_told(server: Server) -> None:
