@@ -33,6 +33,28 @@ CREATE TABLE IF NOT EXISTS enrolment (
     PRIMARY KEY (model, speaker, recording)
 ) WITHOUT ROWID
 """
+_BESIDE = (  # made where they are missing, so also in the databases of earlier versions
+    "CREATE INDEX IF NOT EXISTS enrolment_speaker ON enrolment (speaker)",
+    """
+CREATE TABLE IF NOT EXISTS total (id INTEGER PRIMARY KEY CHECK (id = 1), speakers INTEGER NOT NULL)
+""",
+    """
+CREATE TRIGGER IF NOT EXISTS speaker_comes AFTER INSERT ON enrolment
+WHEN (SELECT count(*) FROM (SELECT 1 FROM enrolment WHERE speaker = NEW.speaker LIMIT 2)) = 1
+BEGIN UPDATE total SET speakers = speakers + 1 WHERE id = 1; END
+""",
+    """
+CREATE TRIGGER IF NOT EXISTS speaker_goes AFTER DELETE ON enrolment
+WHEN NOT EXISTS (SELECT 1 FROM enrolment WHERE speaker = OLD.speaker)
+BEGIN UPDATE total SET speakers = speakers - 1 WHERE id = 1; END
+""",
+    """
+INSERT INTO total SELECT 1, (SELECT count(DISTINCT speaker) FROM enrolment)
+WHERE NOT EXISTS (SELECT 1 FROM total)
+""",
+)
+"""How many speakers there are is counted as they come and go: counting them anew for each enrolment
+reads the whole table while nobody else may write. Triggers see every writer, other versions too."""
 
 
 class FullError(Exception):
@@ -94,6 +116,8 @@ class Enrolments:
         path.chmod(0o600)  # voices are personal data
         with self._transaction():
             connection.execute(_TABLE)
+            for statement in _BESIDE:
+                connection.execute(statement)
             connection.execute(f"PRAGMA user_version = {SCHEMA}")
 
     @contextmanager
@@ -126,18 +150,17 @@ class Enrolments:
             for each in recordings
         ]
         with self._transaction() as connection:
+            new = not self._has(speaker)
             connection.executemany(
                 "INSERT OR IGNORE INTO enrolment (model, speaker, recording, vector, seconds) "
                 "VALUES (?, ?, ?, ?, ?)",
                 rows,
             )
-            (speakers,) = connection.execute(
-                "SELECT count(DISTINCT speaker) FROM enrolment"
-            ).fetchone()
+            (speakers,) = connection.execute("SELECT speakers FROM total WHERE id = 1").fetchone()
             (count,) = connection.execute(
                 "SELECT count(*) FROM enrolment WHERE model = ? AND speaker = ?", (model, speaker)
             ).fetchone()
-            if speakers > self._max_speakers:
+            if new and speakers > self._max_speakers:
                 raise FullError(f"{self._max_speakers} speakers are enrolled: there is no room")
             if count > self._max_recordings:
                 raise FullError(
@@ -156,10 +179,13 @@ class Enrolments:
     def known(self, speaker: str) -> bool:
         """Whether a speaker is enrolled under any model."""
         with self._lock:
-            found = self._connection.execute(
-                "SELECT 1 FROM enrolment WHERE speaker = ? LIMIT 1", (speaker,)
-            ).fetchone()
-        return found is not None
+            return self._has(speaker)
+
+    def _has(self, speaker: str) -> bool:
+        found = self._connection.execute(
+            "SELECT 1 FROM enrolment WHERE speaker = ? LIMIT 1", (speaker,)
+        )
+        return found.fetchone() is not None
 
     def gallery(self, model: str) -> tuple[list[str], np.ndarray]:
         """All speakers of a model and their pooled embeddings, names and (S, E)."""

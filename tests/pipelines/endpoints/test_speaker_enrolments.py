@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -117,3 +120,74 @@ def test_who_is_forgotten_leaves_no_bytes(book: Enrolments, tmp_path: Path) -> N
     book.remove("anna")
     book.close()  # the write-ahead log is emptied into the file
     assert trace not in (tmp_path / "speakers.sqlite").read_bytes()
+
+
+def test_nothing_that_is_asked_often_reads_the_whole_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By SQLite's own plans; those of the triggers' conditions have to be asked for."""
+    path = tmp_path / "speakers.sqlite"
+    statements: list[str] = []
+
+    def traced(*arguments: Any, **named: Any) -> sqlite3.Connection:
+        connection = real_connect(*arguments, **named)
+        connection.set_trace_callback(statements.append)
+        return connection
+
+    real_connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", traced)
+    book = Enrolments(path, max_speakers=3, max_recordings=2)
+    statements.clear()
+    book.add("m", "anna", [recording(1, 0)])
+    book.add("n", "anna", [recording(1, 0)])
+    assert book.known("anna")
+    assert book.reference("m", "anna") is not None
+    book.remove("anna")
+    asked = {each for each in statements if each.split()[0] in ("SELECT", "INSERT", "DELETE")}
+    assert len(asked) >= 5
+    with real_connect(path) as connection:
+        triggers = connection.execute("SELECT sql FROM sqlite_master WHERE type = 'trigger'")
+        for (trigger,) in triggers.fetchall():
+            (condition,) = re.findall(r"WHEN (.*)\nBEGIN", trigger)
+            asked.add("SELECT " + re.sub("(NEW|OLD).speaker", "'anna'", condition))
+        plans = {
+            each: [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {each}")]
+            for each in asked
+        }
+    scans = [(each, plan) for each, plan in plans.items() if "SCAN enrolment" in str(plan)]
+    assert not scans
+    assert any("enrolment_speaker" in str(plan) for plan in plans.values())
+
+
+def test_a_database_of_an_earlier_version_is_counted_once(tmp_path: Path) -> None:
+    """It has neither index nor total; an old server that still writes to it is counted too."""
+    path = tmp_path / "speakers.sqlite"
+    book = Enrolments(path, max_speakers=2, max_recordings=2)
+    book.add("m", "anna", [recording(1, 0)])
+    book.add("n", "anna", [recording(1, 0)])
+    book.close()
+    with sqlite3.connect(path) as connection:
+        connection.executescript(
+            "DROP INDEX enrolment_speaker; DROP TABLE total; "
+            "DROP TRIGGER speaker_comes; DROP TRIGGER speaker_goes;"
+        )
+    again = Enrolments(path, max_speakers=2, max_recordings=2)
+    with sqlite3.connect(path) as connection:
+        connection.execute(
+            "INSERT INTO enrolment (model, speaker, recording, vector, seconds) "
+            "VALUES ('m', 'bert', 'r', x'00', 1)"
+        )
+    with pytest.raises(FullError, match="2 speakers"):
+        again.add("m", "cleo", [recording(1, 0)])
+    assert again.add("m", "anna", [recording(0, 1, name="2")]) == 2
+    assert again.remove("anna") == 3
+    assert again.add("m", "cleo", [recording(1, 0)]) == 1
+
+
+def test_a_smaller_limit_turns_only_new_names_away(book: Enrolments, tmp_path: Path) -> None:
+    for name in ("anna", "bert"):
+        book.add("m", name, [recording(1, 0)])
+    smaller = Enrolments(tmp_path / "speakers.sqlite", max_speakers=1, max_recordings=2)
+    assert smaller.add("m", "anna", [recording(0, 1, name="2")]) == 2
+    with pytest.raises(FullError, match="1 speakers"):
+        smaller.add("m", "cleo", [recording(1, 0)])
