@@ -23,7 +23,7 @@ import hmac
 import ipaddress
 import re
 import time
-from collections.abc import Awaitable, Callable, Collection, MutableMapping
+from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -81,9 +81,14 @@ class Gate:
     token_digest: bytes | None  # SHA-256 of the token; None: loopback callers only
     observer: Observer
     open_paths: Collection[str] = ("/healthz", "/readyz")  # answered without a token
+    path_bytes: Mapping[str, int] = field(default_factory=dict)  # limits of bodies of their own
     inside: int = 0
     draining: bool = False
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def body_bytes(self, path: str) -> int:
+        """How large a body sent to `path` may be."""
+        return self.path_bytes.get(path, self.limits.body_bytes)
 
     def enter(self) -> None:
         """Count a request in."""
@@ -205,18 +210,15 @@ class GateMiddleware:
         if headers.get("content-encoding", "identity").lower() != "identity":
             return problem(415, "encoded_body", "compressed bodies are not unpacked here", scope)
         declared = headers.get("content-length", "")
-        if declared.isdecimal() and int(declared[:18]) > gate.limits.body_bytes:
-            return self._too_large(scope)
+        limit = gate.body_bytes(scope["path"])
+        if declared.isdecimal() and int(declared[:18]) > limit:
+            return problem(413, "too_large", f"the body is larger than {limit} bytes", scope)
         return None
-
-    def _too_large(self, scope: Scope) -> JSONResponse:
-        limit = self._gate.limits.body_bytes
-        return problem(413, "too_large", f"the body is larger than {limit} bytes", scope)
 
     async def _admitted(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the endpoint with a counted body and two clocks."""
         gate = self._gate
-        body = _Body(receive, gate.limits)
+        body = _Body(receive, gate.body_bytes(scope["path"]), gate.limits.body_seconds)
         begun: Message | None = None
 
         async def noting(message: Message) -> None:
@@ -272,11 +274,12 @@ _CODES = {
 class _Body:
     """`receive` of one request, counted and timed; raises HTTPException, which frameworks pass."""
 
-    def __init__(self, receive: Receive, limits: Limits) -> None:
+    def __init__(self, receive: Receive, most: int, seconds: float) -> None:
         self._receive = receive
-        self._limits = limits
+        self._most = most  # bytes
         self._bytes = 0
-        self._ends = time.monotonic() + limits.body_seconds
+        self._seconds = seconds
+        self._ends = time.monotonic() + seconds
         self._complete = False
 
     async def receive(self) -> Message:
@@ -287,13 +290,11 @@ class _Body:
         try:
             message = await asyncio.wait_for(self._receive(), left)
         except TimeoutError:
-            limit = self._limits.body_seconds
-            said = f"the body did not arrive within {limit:g} s"
+            said = f"the body did not arrive within {self._seconds:g} s"
             raise HTTPException(408, said, _HANG_UP) from None
         self._bytes += len(message.get("body", b""))
-        if self._bytes > self._limits.body_bytes:
-            limit = self._limits.body_bytes
-            raise HTTPException(413, f"the body is larger than {limit} bytes", _HANG_UP)
+        if self._bytes > self._most:
+            raise HTTPException(413, f"the body is larger than {self._most} bytes", _HANG_UP)
         self._complete = not message.get("more_body", False)
         return message
 

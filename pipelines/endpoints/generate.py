@@ -82,6 +82,11 @@ class GenerateSettings(BundleSettings):
     """`args` of the generate application in a Serve config file."""
 
     max_body_bytes: int = Field(1 << 20, ge=1024, description="largest body of a request, bytes")
+    max_audio_bytes: int = Field(
+        16 << 20,
+        ge=1024,
+        description="largest body of a transcription, bytes, where a speech bundle is served",
+    )
     request_seconds: float = Field(
         120.0,
         gt=0,
@@ -105,6 +110,7 @@ class GenerateSettings(BundleSettings):
     )
 
 
+_TRANSCRIPTIONS = "/v1/audio/transcriptions"
 _HEARD = {"file", "model", "response_format", "temperature"}
 """Fields of a transcription's form; others would be ignored, which is worse than refused."""
 
@@ -141,6 +147,9 @@ class GenerateEndpoint(Endpoint):
             served[name] = Served(name, fingerprint(facts["model"]), handle, facts)
         if turn == self._choices:
             self._served, self._user_config = served, user_config
+            hears = any(each.facts["family"] == "speech" for each in served.values())
+            most = self._settings.max_audio_bytes
+            self.gate.path_bytes = {_TRANSCRIPTIONS: most} if hears else {}
 
     async def reload(self) -> None:
         """Look at the bundles again; on any error those in service stay."""
@@ -174,7 +183,7 @@ class GenerateEndpoint(Endpoint):
             summary="Answer in a conversation",
         )
         router.add_api_route(
-            "/v1/audio/transcriptions",
+            _TRANSCRIPTIONS,
             self.transcriptions,
             methods=["POST"],
             response_model=Transcription,

@@ -294,6 +294,15 @@ def test_a_body_is_counted_however_it_comes(start: Start) -> None:
         assert answer.json()["error"]["code"] == "too_large"
 
 
+def test_a_path_may_have_a_limit_of_its_own(start: Start) -> None:
+    toy = start(max_body_bytes=100_000)
+    toy.endpoint.gate.path_bytes = {"/count": 200_000}
+    for size, status in ((200_000, 200), (200_001, 413)):
+        for data in (b"x" * size, iter([b"x" * size])):  # declared, and in pieces
+            assert requests.post(f"{toy.url}/count", data=data, timeout=10).status_code == status
+    assert requests.post(f"{toy.url}/json", data=b"x" * 100_001, timeout=10).status_code == 413
+
+
 def test_a_lie_about_the_length_gains_nothing(start: Start) -> None:
     toy = start(max_body_bytes=2000)
     huge = b"9" * 300

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import requests
 
@@ -19,7 +20,7 @@ from goldcrest.tasks.data.audio import decode
 from goldcrest.tasks.language.bundle import load_bundle
 from goldcrest.tasks.language.generation import GenerationSettings, Generator
 from goldcrest.tasks.language.transcription import Transcriber
-from tests.pipelines.speaker_server import start_server, voice
+from tests.pipelines.speaker_server import start_server, voice, wav
 from tests.pipelines.text_server import TOKEN, TextClient, make_text_bundle
 
 ENDLESS = {"prompt": "Hello", "max_tokens": 90_000}
@@ -124,6 +125,17 @@ def test_speech_is_written_down_as_by_the_bundle(text_server: TextClient) -> Non
         assert plain.text == f"{expected.text}\n"
         texts.add(expected.text)
     assert len(texts) == 2 and "" not in texts
+
+
+def test_a_recording_may_be_larger_than_other_bodies(text_server: TextClient) -> None:
+    """One that fits the model's window: a second at 96 kHz in stereo. Text has the limit of text,
+    which the server of the tests sets below it."""
+    tone = 0.1 * np.sin(np.arange(96_000) / 40)[:, None].repeat(2, axis=1)
+    sound = wav(tone, rate=96_000)
+    assert len(sound) > 300_000
+    answer = text_server.hear(sound, model="ears")
+    assert answer.status_code == 200, answer.text
+    assert text_server.post("completions", prompt="a" * 300_001).status_code == 413
 
 
 @pytest.mark.parametrize(
