@@ -2,7 +2,7 @@
 
     class SpeakerEndpoint(Endpoint):                  # pipelines/endpoints/speaker.py
         def routes(self) -> APIRouter: ...            # what it can do
-        async def ready(self) -> dict[str, Any]: ...  # raises while it cannot
+        async def ready(self) -> None: ...            # raises while it cannot
 
     app = ingress(SpeakerEndpoint, settings).bind(settings, models)
 
@@ -13,10 +13,12 @@ with it, and that replicas with and without a GPU can be counted apart.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import stat
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ TOKEN_LENGTH = (
 _DOCS = jinja2.Environment(autoescape=True).from_string(
     Path(__file__).with_name("serving_docs.html").read_text("utf-8")
 )
+_READY_SECONDS = 1.0  # an answer of `/readyz` is this old at most
 _QUEUE_FACTOR = 4  # the gate, not the proxy's queue, should be what turns requests away
 
 
@@ -117,8 +120,11 @@ class Endpoint(ABC):
         """The endpoint's own operations."""
 
     @abstractmethod
-    async def ready(self) -> dict[str, Any]:
-        """Facts for `/readyz`; an exception says why requests cannot be answered now."""
+    async def ready(self) -> None:
+        """For `/readyz`: an exception says why requests cannot be answered now.
+
+        Anybody may ask there, without the token: it is called once a second at most.
+        """
 
     async def drain(self, seconds: float) -> int:
         """Turn new requests away and wait for those inside; the number left after `seconds`."""
@@ -139,6 +145,7 @@ class Endpoint(ABC):
 
     def _common_routes(self) -> APIRouter:
         router = APIRouter(tags=["operations"])
+        readiness = _Readiness(self.ready)
 
         @router.get("/healthz", summary="Is the process alive?")
         async def healthz() -> dict[str, str]:
@@ -148,12 +155,10 @@ class Endpoint(ABC):
         async def readyz(request: Request) -> JSONResponse:
             if self.gate.draining:
                 return problem(503, "stopping", "the endpoint is stopping", request.scope)
-            try:
-                facts = await self.ready()
-            except Exception as error:  # noqa: BLE001 - whatever it is, the endpoint is not ready
-                reason = f"not ready: {type(error).__name__}"
-                return problem(503, "not_ready", reason, request.scope)
-            return JSONResponse({"status": "ready", **facts})
+            fault = await readiness.fault()
+            if fault:
+                return problem(503, "not_ready", f"not ready: {fault}", request.scope)
+            return JSONResponse({"status": "ready"})
 
         @router.get("/docs", include_in_schema=False)
         async def docs(request: Request) -> Response:
@@ -177,6 +182,34 @@ class Endpoint(ABC):
         return problem(
             self.invalid_status, "invalid", said[:1000], request.scope, param=first, fields=fields
         )
+
+
+class _Readiness:
+    """Whether an endpoint is ready, asked one call at a time and remembered for a moment.
+
+    `/readyz` stands outside the gate: without this, whoever calls it often would fill the model.
+    """
+
+    def __init__(self, ask: Callable[[], Awaitable[None]]) -> None:
+        self._ask = ask
+        self._asking: asyncio.Task[str] | None = None
+        self._stale = 0.0  # when the last answer is too old
+
+    async def fault(self) -> str:
+        """The kind of error that keeps the endpoint from being ready; empty if it is ready."""
+        if self._asking is None or (self._asking.done() and time.monotonic() >= self._stale):
+            self._asking = asyncio.create_task(self._answer())
+        return await asyncio.shield(self._asking)  # a caller who leaves stops it for nobody
+
+    async def _answer(self) -> str:
+        try:
+            await self._ask()
+        except Exception as error:  # noqa: BLE001 - whatever it is, the endpoint is not ready
+            return type(error).__name__
+        else:
+            return ""
+        finally:
+            self._stale = time.monotonic() + _READY_SECONDS
 
 
 def page(content: str, *, scripts: bool = False) -> Response:

@@ -155,12 +155,11 @@ class GenerateEndpoint(Endpoint):
         """Look at the bundles again; on any error those in service stay."""
         await self.reconfigure(self._user_config)
 
-    async def ready(self) -> dict[str, Any]:
-        """The models in service, once a replica answers for the default one."""
+    async def ready(self) -> None:
+        """A replica answers for the default model."""
         default = self._model(None)
         async with asyncio.timeout(5.0):
             await answered(default.handle.load.remote(default.facts["model"]))
-        return {"models": {name: each.fingerprint for name, each in self._served.items()}}
 
     def routes(self) -> APIRouter:
         """The operations, bound to this replica."""

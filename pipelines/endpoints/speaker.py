@@ -190,13 +190,12 @@ class SpeakerEndpoint(Endpoint):
         """Serve's own probe: restart this replica when its database does not answer."""
         self._enrolments.check()
 
-    async def ready(self) -> dict[str, Any]:
-        """The models in service, once a replica answers for the default one."""
+    async def ready(self) -> None:
+        """A replica answers for the default model."""
         default = self._model(None)
         async with asyncio.timeout(5.0):
             await answered(default.handle.load.remote(default.facts["model"]))
         await asyncio.to_thread(self._enrolments.check)
-        return {"models": {name: each.fingerprint for name, each in self._served.items()}}
 
     def routes(self) -> APIRouter:
         """The operations, bound to this replica."""

@@ -22,6 +22,7 @@ import uvicorn
 from fastapi import APIRouter, Request, WebSocket
 from pydantic import BaseModel
 
+from goldcrest.cluster import serving
 from goldcrest.cluster.errors import InputError
 from goldcrest.cluster.serving import (
     Endpoint,
@@ -49,6 +50,7 @@ class Toy(Endpoint):
     title = "Toy"
     sick = False
     counted = -1
+    asked = 0  # how often whether it is ready
 
     def __init__(self, settings: ServingSettings) -> None:
         super().__init__(settings)
@@ -99,11 +101,11 @@ class Toy(Endpoint):
 
         return router
 
-    async def ready(self) -> dict[str, Any]:
+    async def ready(self) -> None:
         """Ready unless sick."""
+        self.asked += 1
         if self.sick:
             raise RuntimeError("hunter2")
-        return {"toys": 1}
 
 
 class Running:
@@ -506,6 +508,31 @@ def test_a_fault_keeps_its_text_to_itself(start: Start) -> None:
     ready = requests.get(toy.url + "/readyz", timeout=10)
     assert (ready.status_code, ready.json()["error"]["code"]) == (503, "not_ready")
     assert "hunter2" not in answer.text + ready.text
+
+
+def test_whoever_asks_often_whether_it_is_ready_costs_one_call(
+    start: Start, token_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`/readyz` wants no token and is not counted, so it tells nothing and does next to nothing."""
+    monkeypatch.setattr(serving, "_READY_SECONDS", 60.0)
+    toy = start(token_file=token_file)
+
+    def ask(_: int) -> Any:
+        return requests.get(toy.url + "/readyz", timeout=10).json()
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(ask, range(24))) == [{"status": "ready"}] * 24
+    assert toy.endpoint.asked == 1
+
+
+def test_readiness_is_forgotten_after_a_moment(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "_READY_SECONDS", 0.0)
+    toy = start()
+    for sick, status in ((False, 200), (True, 503), (False, 200)):
+        toy.endpoint.sick = sick
+        assert requests.get(toy.url + "/readyz", timeout=10).status_code == status
 
 
 def test_requests_are_counted_by_route_not_by_name(start: Start) -> None:

@@ -335,8 +335,7 @@ def test_the_models_are_listed(text_server: TextClient) -> None:
     assert text_server.get("/v1/models/two").json() == listed["data"][1]
     unknown = text_server.get("/v1/models/three")
     assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "model_not_found")
-    ready = text_server.get("/readyz").json()
-    assert ready["models"] == {each["id"]: each["fingerprint"] for each in listed["data"]}
+    assert text_server.get("/readyz").json() == {"status": "ready"}
 
 
 def test_tokens_are_counted(text_server: TextClient) -> None:

@@ -247,8 +247,7 @@ def test_health_metrics_and_documentation(server: Server) -> None:
     server.post("/embed", b"nothing")
     assert requests.get(server.url + "/healthz", timeout=30).json() == {"status": "alive"}
     ready = requests.get(server.url + "/readyz", timeout=30).json()
-    assert ready["status"] == "ready"
-    assert set(ready["models"]) == {"one", "two"}
+    assert ready == {"status": "ready"}  # which models there are is for callers with the token
     lines = [server.call("GET", "/metrics").text for _ in range(4)][-1].splitlines()
     (count,) = [line for line in lines if 'route="/embed",status="422"' in line]
     assert count.startswith("goldcrest_requests_total{")
