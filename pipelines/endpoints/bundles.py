@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 ID = r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$"  # of speakers and of models
 DEMO_PATHS = ("/demo", "/demo/page.js")
 MODELS = "models.json"  # in the state folder: which bundles are served
+_CACHE = "__serve_multiplex_wrapper"  # where Ray Serve keeps the models of a replica
+MOST_BUNDLES = 16  # of one server
+MOST_HELD = 2 * MOST_BUNDLES  # by one replica: while models are swapped, the old and the new ones
 _MODULES = {"speaker-embedding": "speaker", "language": "generate"}  # kind of bundle -> endpoint
 
 
@@ -47,7 +50,9 @@ class BundleChoice(Config):
     """Which bundles are served: the `user_config` of both deployments of an endpoint."""
 
     bundles: dict[Annotated[str, Field(pattern=ID)], Path] = Field(
-        min_length=1, max_length=16, description="name -> folder; the first is the default"
+        min_length=1,
+        max_length=MOST_BUNDLES,
+        description="name -> folder; the first is the default",
     )
 
     @classmethod
@@ -131,6 +136,18 @@ def refuse(
     """An error for the caller; `retry` is seconds for `Retry-After`."""
     headers = {"Retry-After": str(retry)} if retry is not None else None
     return HTTPException(status, {"code": code, "message": message, **more}, headers)
+
+
+def hold(replica: object, most: int) -> None:
+    """Let a replica of the model hold `most` bundles; those used least recently are let go.
+
+    The limit of Serve's decorator has to do for any number of bundles. Left at that, a replica that
+    serves one would keep thirty that were swapped out long ago. Serve keeps the models, and their
+    limit, on the replica from the first load on.
+    """
+    cache = getattr(replica, _CACHE, None)
+    if cache is not None:
+        cache.max_num_models_per_replica = most
 
 
 def demo_routes(path: Path) -> APIRouter:

@@ -15,6 +15,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 from ray import serve
@@ -136,13 +137,16 @@ class TextModels:
         limit_threads(cpus)
         self._max_context = max_context
         self._batches = Batches(places=parallel, max_batch=max_batch)
-        self._warm: set[str] = set()
+        self._warm: WeakValueDictionary[str, Loaded] = WeakValueDictionary()  # those that ran
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Have every bundle of the choice in memory: Serve sends a model's requests to replicas
         that hold it, so one that started without would never be asked."""
-        for folder in BundleChoice.read(user_config).bundles.values():
+        folders = BundleChoice.read(user_config).bundles.values()
+        bundles.hold(self, bundles.MOST_HELD)
+        for folder in folders:
             await self.load(await asyncio.to_thread(model_id, folder))
+        bundles.hold(self, 2 * len(folders))  # these, and those that replace them
 
     async def describe(self, folder: str) -> dict[str, Any]:
         """What a bundle is: its `model` id and facts; InputError when it is none."""
@@ -151,11 +155,11 @@ class TextModels:
     async def load(self, model: str) -> None:
         """Have a bundle in memory and run once: the first request finds it warm."""
         loaded = await self._model(model)
-        if model not in self._warm:
+        if self._warm.get(model) is not loaded:
             settings = GenerationSettings(max_new_tokens=2)
             first = await asyncio.to_thread(_something, loaded)
             await self._batches.answer(model, loaded.generator, first, settings)
-            self._warm.add(model)
+            self._warm[model] = loaded
 
     async def complete(self, job: Job) -> Completed | Refused:
         """All answers at once."""
@@ -234,7 +238,7 @@ class TextModels:
         update = {"max_new_tokens": wanted, "stop": (*settings.stop, *stops)}
         return Prepared(tokens, settings.model_copy(update=update))
 
-    @serve.multiplexed(max_num_models_per_replica=4)  # type: ignore[untyped-decorator]
+    @serve.multiplexed(max_num_models_per_replica=bundles.MOST_HELD)  # type: ignore[untyped-decorator]
     async def _model(self, model: str) -> Loaded:
         """Load a bundle; the id names the content, so a folder that changed is another model."""
         return await asyncio.to_thread(_load, model)

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 from ray import serve
@@ -62,15 +63,18 @@ class SpeakerModels:
     ) -> None:
         limit_threads(cpus)
         self._limits = AudioLimits(max_seconds=max_seconds, min_seconds=min_seconds, max_channels=8)
-        self._warm: set[str] = set()
+        self._warm: WeakValueDictionary[str, SpeakerModel] = WeakValueDictionary()  # those that ran
         batched: Any = self._batched  # what `serve.batch` makes of it has settings
         batched.set_max_batch_size(max_batch)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Have every bundle of the choice in memory: Serve sends a model's requests to replicas
         that hold it, so one that started without would never be asked."""
-        for folder in ModelChoice.read(user_config).bundles.values():
+        folders = ModelChoice.read(user_config).bundles.values()
+        bundles.hold(self, bundles.MOST_HELD)
+        for folder in folders:
             await self.load(await asyncio.to_thread(model_id, folder))
+        bundles.hold(self, 2 * len(folders))  # these, and those that replace them
 
     async def describe(self, folder: str) -> dict[str, Any]:
         """What a bundle is: its `model` id, facts, and calibration; InputError when it is none."""
@@ -79,11 +83,11 @@ class SpeakerModels:
     async def load(self, model: str) -> None:
         """Have a bundle in memory and run once: the first request finds it warm."""
         loaded = await self._model(model)
-        if model in self._warm:
+        if self._warm.get(model) is loaded:
             return
         noise = np.random.default_rng(0).standard_normal(16_000).astype(np.float32) / 10
         await asyncio.to_thread(loaded.embed_waveform, noise)
-        self._warm.add(model)
+        self._warm[model] = loaded
 
     async def embed(self, recordings: Sequence[bytes]) -> list[Embedded]:
         """Embed encoded recordings with the bundle that the call is routed for."""
@@ -104,7 +108,7 @@ class SpeakerModels:
         loaded = await self._model(serve.get_multiplexed_model_id())
         return list(await asyncio.to_thread(loaded.embed_batch, frames))
 
-    @serve.multiplexed(max_num_models_per_replica=4)  # type: ignore[untyped-decorator]
+    @serve.multiplexed(max_num_models_per_replica=bundles.MOST_HELD)  # type: ignore[untyped-decorator]
     async def _model(self, model: str) -> SpeakerModel:
         """Load a bundle; the id names the content, so a folder that changed is another model."""
         return await asyncio.to_thread(_load, model)
