@@ -20,6 +20,7 @@ import json
 import re
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, get_type_hints, runtime_checkable
@@ -53,6 +54,7 @@ __all__ = [
     "Trained",
     "TrainingConfig",
     "UnevenObjective",
+    "Whole",
     "task",
 ]
 
@@ -217,6 +219,10 @@ def task(
     return decorate
 
 
+Whole = Callable[..., AbstractContextManager[None]]
+"""`with whole(*parameters):` -- inside, these parameters are whole on every worker."""
+
+
 @runtime_checkable
 class Objective(Protocol):
     """What the training engine needs of anything that is trained by gradients.
@@ -247,8 +253,22 @@ class Objective(Protocol):
         """Named scalar losses; the engine minimises their sum, inside its forward pass."""
         ...
 
-    def after_step(self, model: torch.nn.Module) -> None:
-        """Called after every optimizer step (hold masks, move an EMA teacher)."""
+    def masks(self, model: torch.nn.Module) -> Mapping[str, torch.Tensor]:
+        """Weights that are held at zero, `{}` for none: parameter name -> mask, True where kept.
+
+        Boolean, in the shape of the parameter. The engine takes masked weights out of the gradients
+        (so out of the norm that `clip_norm` looks at) and sets them to exact zero after every step,
+        in the model's precision and in the fp32 weights behind it. Called once, before training.
+        """
+        ...
+
+    def after_step(self, model: torch.nn.Module, whole: Whole) -> None:
+        """Called after every optimizer step, e.g. to move an EMA teacher inside the model.
+
+        Under ZeRO 3 a worker holds parts of the parameters. Those that are read or changed here are
+        whole inside `with whole(*parameters):` and nowhere else; changes are kept when it ends. Ask
+        for few at a time: they must fit beside everything else.
+        """
         ...
 
     def evaluate(self, model: torch.nn.Module, *, epoch: int) -> dict[str, float]:

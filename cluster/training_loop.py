@@ -3,7 +3,7 @@
     build model (seeded) -> newest valid checkpoint, if any -> DeepSpeed engine
     each epoch:  permutation of (seed, epoch) -> batches -> chunks, one per worker and micro-batch
         each step:  rate of the schedule; forward and backward per chunk; one exchange of losses;
-                    optimizer step; objective.after_step
+                    optimizer step; masks held; objective.after_step
         then:       buffers averaged over workers; objective.evaluate; a row of history; checkpoint
 
 Exactness. World size 1 on a CPU in fp32: a run that was killed anywhere and resumed gives the same
@@ -42,6 +42,7 @@ from goldcrest.cluster.training_meter import Meter, peak_memory_bytes, units_in
 from goldcrest.cluster.training_objective import (
     ObjectiveModule,
     aliases,
+    checked_masks,
     moved,
     objective_groups,
 )
@@ -54,6 +55,7 @@ from goldcrest.cluster.training_sampling import (
 )
 from goldcrest.cluster.training_shards import (
     Fragment,
+    HeldMasks,
     adopt_changes,
     fragments_of,
     loss_scale_state,
@@ -133,6 +135,7 @@ class Trainer:
         seed_model(seed)
         self.model = objective.build_model()
         self.groups = objective_groups(objective, self.model)
+        self.masks = checked_masks(objective, self.model)
         self.aliases = aliases(self.model)
         self.shapes = {
             n: list(p.shape) for n, p in self.model.named_parameters() if p.requires_grad
@@ -163,6 +166,7 @@ class Trainer:
             accumulation=accumulation_steps(config, world),
         )
         self.fragments = fragments_of(self.engine, self.model, self.place.rank)
+        self.held = HeldMasks(self.model, self.fragments, self.masks, self.place.device)
 
     def _newest_checkpoint(self) -> checkpoints.Checkpoint | None:
         """The newest valid checkpoint; worker 0 verifies and chooses for all."""
@@ -292,7 +296,9 @@ class Trainer:
         self.meter.count(examples=len(batch), units=units)
         if all(math.isfinite(value) for value in losses):
             self.engine.step()
-            self._after_step()
+            self.held.apply()
+            with torch.no_grad():
+                self.objective.after_step(self.model, self._whole)
             return losses
         if self.config.on_nan == "fail":
             shown = ", ".join(
@@ -322,10 +328,13 @@ class Trainer:
         count = len(losses)
         return [value / self.place.world for value in numbers[:count]], numbers[count:]
 
-    def _after_step(self) -> None:
-        with torch.no_grad(), whole_parameters(self.model, change=True):
-            self.objective.after_step(self.model)
-        adopt_changes(self.fragments)
+    @contextlib.contextmanager
+    def _whole(self, *parameters: torch.nn.Parameter) -> Iterator[None]:
+        """What `after_step` opens: these parameters whole, and what it leaves in them kept."""
+        with whole_parameters(parameters, change=True):
+            yield
+        asked = {id(parameter) for parameter in parameters}
+        adopt_changes([piece for piece in self.fragments if id(piece.parameter) in asked])
 
     def _with_metrics(self, row: dict[str, float]) -> dict[str, float]:
         """`row` with the objective's metrics, evaluated on every worker from equal buffers."""
@@ -410,15 +419,13 @@ class Trainer:
 
     def _whole_tensors(self) -> dict[str, torch.Tensor]:
         """Buffers and frozen parameters; under ZeRO 3 gathered, so every worker takes part."""
-        frozen = {n: p for n, p in self.model.named_parameters() if not p.requires_grad}
         kept = set(self.model.state_dict())
         whole = {name: b for name, b in self.model.named_buffers() if name in kept}
-        if frozen:
-            with whole_parameters(self.model, change=False):
-                whole |= {
-                    name: p.detach().float().cpu() if p.is_floating_point() else p.detach().cpu()
-                    for name, p in frozen.items()
-                }
+        for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                with whole_parameters([parameter], change=False):
+                    value = parameter.detach()
+                    whole[name] = (value.float() if value.is_floating_point() else value).cpu()
         return whole
 
     def _barrier(self) -> None:

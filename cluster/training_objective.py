@@ -60,6 +60,28 @@ def objective_groups(objective: Objective, model: torch.nn.Module) -> list[dict[
     return [group for group in groups if group["params"]]
 
 
+def checked_masks(objective: Objective, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The objective's masks, checked; under the names by which the parameters are saved."""
+    known = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {}
+    for name, mask in objective.masks(model).items():
+        try:
+            parameter = model.get_parameter(name)
+        except AttributeError:
+            raise StepError(
+                f"masks() names '{name}', which is no parameter of the model",
+                hint="name parameters as model.named_parameters() does",
+            ) from None
+        if mask.dtype != torch.bool or mask.shape != parameter.shape:
+            raise StepError(
+                f"the mask of '{name}' is {mask.dtype} of shape {tuple(mask.shape)}",
+                hint=f"masks are boolean, this one of shape {tuple(parameter.shape)}",
+            )
+        if parameter.requires_grad:  # what is not trained stays as it is
+            found[known[id(parameter)]] = mask
+    return found
+
+
 def aliases(model: torch.nn.Module) -> dict[str, str]:
     """Second names of shared parameters -> the name under which they are saved."""
     first = {id(p): name for name, p in model.named_parameters()}

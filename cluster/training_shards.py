@@ -12,7 +12,8 @@ so a checkpoint does not depend on the stage or on the number of workers that wr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,12 +25,14 @@ import torch
 class Fragment:
     """A contiguous piece of one parameter on this worker, all views flat.
 
+    `parameter` is the model's, which under ZeRO 3 may be empty: its parts are what fragments view.
     `module` views the weights that the model computes with, `master` the fp32 weights that the
     optimizer updates (the same memory in plain fp32). `flat` is the tensor that torch's optimizer
     knows and `offset` where the fragment begins in it.
     """
 
     name: str
+    parameter: torch.Tensor
     start: int
     module: torch.Tensor
     master: torch.Tensor
@@ -40,6 +43,11 @@ class Fragment:
     def numel(self) -> int:
         """Number of values."""
         return self.master.numel()
+
+    def copies(self) -> list[torch.Tensor]:
+        """Where the fragment's weights lie: once, or as the model's and as the master's."""
+        same = self.module.data_ptr() == self.master.data_ptr()
+        return [self.master] if same else [self.module, self.master]
 
     def state(self, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
         """Views on the optimizer's state of this fragment; scalars (Adam's step) as shape (1,)."""
@@ -69,7 +77,13 @@ def _plain(names: dict[int, str], parameters: Sequence[torch.Tensor]) -> Iterato
     for parameter in parameters:
         view = parameter.data.view(-1)
         yield Fragment(
-            name=names[id(parameter)], start=0, module=view, master=view, flat=parameter, offset=0
+            name=names[id(parameter)],
+            parameter=parameter,
+            start=0,
+            module=view,
+            master=view,
+            flat=parameter,
+            offset=0,
         )
 
 
@@ -84,6 +98,7 @@ def _partitioned_groups(
         low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
         yield Fragment(
             name=names[id(parameter)],
+            parameter=parameter,
             start=low.start,
             module=parameter.data.view(-1).narrow(0, low.start, low.numel),
             master=mapping.hp_fragment.data,
@@ -105,6 +120,7 @@ def _partitioned_parameters(
         flat = zero.fp32_partitioned_groups_flat[group]
         yield Fragment(
             name=names[id(parameter)],
+            parameter=parameter,
             start=start,
             module=parameter.ds_tensor.data.view(-1).narrow(0, 0, numel),
             master=flat.data.narrow(0, offset, numel),
@@ -130,12 +146,12 @@ def fragments_of(engine: Any, model: torch.nn.Module, rank: int) -> list[Fragmen
 
 
 @contextmanager
-def whole_parameters(model: torch.nn.Module, *, change: bool) -> Iterator[None]:
-    """Inside, every parameter of `model` is whole on every worker, also under ZeRO 3.
+def whole_parameters(parameters: Iterable[torch.Tensor], *, change: bool) -> Iterator[None]:
+    """Inside, these parameters are whole on every worker, also under ZeRO 3.
 
     With `change`, what worker 0 leaves in them is cut up again for everybody.
     """
-    split = [p for p in model.parameters() if hasattr(p, "ds_id")]
+    split = [p for p in parameters if hasattr(p, "ds_id")]
     if not split:
         yield
         return
@@ -150,7 +166,8 @@ def adopt_changes(fragments: Sequence[Fragment]) -> None:
     """Carry changes that were made to the model's weights over into the master weights.
 
     Only values that differ from the rounded master are taken: elsewhere the master keeps the bits
-    that the model's precision cannot hold.
+    that the model's precision cannot hold. A change below that precision is therefore not seen (a
+    master of 1e-8 is 0 in fp16 already): what must be exactly zero is a matter of `HeldMasks`.
     """
     for piece in fragments:
         if piece.module.data_ptr() == piece.master.data_ptr():
@@ -158,6 +175,50 @@ def adopt_changes(fragments: Sequence[Fragment]) -> None:
         now = piece.module.to(piece.master.device)
         changed = now != piece.master.to(now.dtype)
         torch.where(changed, now.to(piece.master.dtype), piece.master, out=piece.master)
+
+
+class HeldMasks:
+    """Weights held at zero: out of the gradients, and out of the weights after every step.
+
+    Every worker masks what it holds, so nothing is gathered; the fp32 masters are masked
+    themselves, so zero is exact whatever the model's precision.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        fragments: Sequence[Fragment],
+        masks: Mapping[str, torch.Tensor],
+        device: torch.device,
+    ) -> None:
+        """`masks` by the names of `fragments`, True where a weight is kept; gradients are made on
+        `device`."""
+        self._parameters: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
+        self._pieces: list[tuple[torch.Tensor, torch.Tensor]] = []
+        pruned: dict[str, torch.Tensor] = {}
+        for name, mask in masks.items():
+            parameter = model.get_parameter(name)
+            pruned[name] = ~mask.to(device)
+            self._parameters.append((parameter, pruned[name]))
+            # A hook of the tensor runs before gradients are summed, cut up and measured.
+            parameter.register_hook(functools.partial(_without, pruned[name]))
+        for piece in fragments:
+            if piece.name in pruned:
+                part = pruned[piece.name].view(-1).narrow(0, piece.start, piece.numel)
+                self._pieces += [(each, part.to(each.device)) for each in piece.copies()]
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """W <- W o mask, in the model's weights and in their masters."""
+        for values, pruned in self._pieces:
+            values.masked_fill_(pruned, 0.0)
+        for parameter, pruned in self._parameters:
+            if parameter.shape == pruned.shape:  # whole here: always, but for ZeRO 3's larger ones
+                parameter.masked_fill_(pruned, 0.0)
+
+
+def _without(pruned: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    return gradient.masked_fill(pruned, 0.0)
 
 
 def loss_scale_state(engine: Any) -> dict[str, float]:

@@ -309,7 +309,11 @@ class CimcObjective:
         self._certainty = torch.maximum(self._certainty, certainty.to(self._certainty))
         return float(self._certainty)
 
-    def after_step(self, model: nn.Module) -> None:
+    def masks(self, model: nn.Module) -> dict[str, Tensor]:
+        """No weight is held at zero."""
+        return {}
+
+    def after_step(self, model: nn.Module, whole: Any) -> None:
         """Nothing follows a step."""
 
     @torch.no_grad()

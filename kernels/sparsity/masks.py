@@ -1,4 +1,4 @@
-"""Masks: choosing the lowest scores exactly, holding masks through training, counting zeros.
+"""Masks: choosing the lowest scores exactly, counting zeros; whoever trains holds them.
 
 A mask is boolean in the shape of its weight, True where the weight stays. Counts are exact: a
 threshold prunes one weight too many on ties, a sort does not.
@@ -65,25 +65,6 @@ def follows_pattern(mask: Tensor, pattern: tuple[int, int]) -> bool:
 def masks_of(model: nn.Module, names: Iterable[str]) -> Masks:
     """Masks of the zeros that the named layers' weights have now."""
     return {name: _weight(model, name).detach() != 0 for name in names}
-
-
-def hold(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """W <- W o mask: call after every optimizer step.
-
-    Momentum and weight decay move pruned weights too; this returns them to exact zero.
-    """
-    with torch.no_grad():
-        for name, mask in masks.items():
-            weight = _weight(model, name)
-            weight.masked_fill_(~mask.to(weight.device), 0.0)
-
-
-def hold_gradients(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Zero the pruned weights' gradients, so that norms (clipping, logs) see live weights only."""
-    for name, mask in masks.items():
-        gradient = _weight(model, name).grad
-        if gradient is not None:
-            gradient.masked_fill_(~mask.to(gradient.device), 0.0)
 
 
 def sparsity(masks: Mapping[str, Tensor]) -> float:

@@ -177,7 +177,11 @@ class LanguageObjective:
         logits = model(**model_inputs(model, batch, self.text.pad)).logits
         return predictions(logits, batch["labels"], shifted=self.text.family == "causal")
 
-    def after_step(self, model: nn.Module) -> None:
+    def masks(self, model: nn.Module) -> Mapping[str, Tensor]:
+        """No weight is held at zero."""
+        return {}
+
+    def after_step(self, model: nn.Module, whole: Any) -> None:
         """Nothing follows a step."""
 
     def evaluate(self, model: nn.Module, *, epoch: int) -> dict[str, float]:
@@ -231,7 +235,7 @@ class LanguageObjective:
 
 
 class SparseObjective(LanguageObjective):
-    """Fine-tuning of a pruned model: masks held after every step, a dense teacher beside it."""
+    """Fine-tuning of a pruned model: masks held in every step, a dense teacher beside it."""
 
     def __init__(
         self,
@@ -252,10 +256,9 @@ class SparseObjective(LanguageObjective):
         self.distillation, self.distillation_settings = distillation, distillation_settings
         self.task_weight = task_weight
         self._teacher: Any = None
-        self._masks: dict[str, Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_teacher": None, "_masks": None}
+        return {**self.__dict__, "_teacher": None}
 
     def losses(
         self, model: nn.Module, batch: dict[str, Tensor], *, epoch: int
@@ -295,15 +298,10 @@ class SparseObjective(LanguageObjective):
             self._teacher = teacher.to(like.device, like.dtype)
         return self._teacher
 
-    def after_step(self, model: nn.Module) -> None:
-        """Hold the masks: momentum and weight decay would bring pruned weights back."""
-        from goldcrest.kernels.sparsity.masks import hold
-
-        if self._masks is None:
-            device = next(model.parameters()).device
-            masks = read_masks(self.masks_file)
-            self._masks = {name: mask.to(device) for name, mask in masks.items()}
-        hold(model, self._masks)
+    def masks(self, model: nn.Module) -> Mapping[str, Tensor]:
+        """The pruned weights stay zero; momentum and weight decay would bring them back."""
+        found = read_masks(self.masks_file)
+        return {f"{name}.weight": mask for name, mask in found.items()}
 
 
 def write_masks(path: Path, masks: Mapping[str, Tensor]) -> None:

@@ -150,7 +150,11 @@ class SpeakerObjective:
             margin = share * self.margin_settings.margin
             head.settings = dataclasses.replace(self.margin_settings, margin=margin)
 
-    def after_step(self, model: nn.Module) -> None:
+    def masks(self, model: nn.Module) -> Mapping[str, Tensor]:
+        """No weight is held at zero."""
+        return {}
+
+    def after_step(self, model: nn.Module, whole: Any) -> None:
         """Nothing follows a step."""
 
     def evaluate(self, model: nn.Module, *, epoch: int) -> dict[str, float]:
@@ -179,7 +183,7 @@ class SpeakerObjective:
 
 
 class SparseObjective(SpeakerObjective):
-    """Fine-tuning of a pruned network: masks held after every step, features of a dense teacher.
+    """Fine-tuning of a pruned network: masks held in every step, features of a dense teacher.
 
     Source: Kurtic et al. 2023 (spec "sparse fine-tuning", section 3.3): task loss, plus SquareHead
     over the outputs of the SE-Res2 blocks, or logit distillation, or neither.
@@ -196,9 +200,10 @@ class SparseObjective(SpeakerObjective):
         distillation_settings: Any,
         **settings: Any,
     ) -> None:
-        """`initial` and `teacher` are states of SpeakerClassifier, `masks` of its layers."""
+        """`initial`, `teacher`: states of SpeakerClassifier; `masks`: of its network's layers."""
         super().__init__(examples, **settings)
-        self.initial, self.teacher_state, self.masks = dict(initial), dict(teacher), dict(masks)
+        self.initial, self.teacher_state = dict(initial), dict(teacher)
+        self.layer_masks = dict(masks)
         self.distillation, self.distillation_settings = distillation, distillation_settings
         self._teacher: SpeakerClassifier | None = None
 
@@ -249,9 +254,6 @@ class SparseObjective(SpeakerObjective):
         found[self.distillation] = method.loss(pairs[0], pairs[1], None, self.distillation_settings)
         return found
 
-    def after_step(self, model: nn.Module) -> None:
-        """Hold the masks: momentum and weight decay would bring pruned weights back."""
-        from goldcrest.kernels.sparsity.masks import hold
-
-        assert isinstance(model, SpeakerClassifier)
-        hold(model.network, self.masks)
+    def masks(self, model: nn.Module) -> Mapping[str, Tensor]:
+        """The pruned weights stay zero; momentum and weight decay would bring them back."""
+        return {f"network.{name}.weight": mask for name, mask in self.layer_masks.items()}

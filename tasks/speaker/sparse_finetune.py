@@ -76,7 +76,7 @@ class SparseConfig(LossConfig):
         return self
 
 
-@task(cpus=0, timeout="7d")
+@task(cpus=0, timeout="7d", version=2)
 def sparse_finetune(
     cfg: SparseConfig, dense: Artifact, features: Artifact, labels: Artifact, out: Output
 ) -> None:

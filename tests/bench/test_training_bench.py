@@ -46,7 +46,10 @@ class Work:
     ) -> dict[str, torch.Tensor]:
         return {"mse": (model(batch["x"]) - batch["x"]).square().mean()}
 
-    def after_step(self, model: torch.nn.Module) -> None:
+    def masks(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        return {}
+
+    def after_step(self, model: torch.nn.Module, whole: Any) -> None:
         return None
 
     def evaluate(self, model: torch.nn.Module, *, epoch: int) -> dict[str, float]:

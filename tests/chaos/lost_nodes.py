@@ -41,7 +41,7 @@ class LearnConfig(Config):
 class Slow(NoNoise):
     """Takes its time over every step, so that a kill falls into it."""
 
-    def after_step(self, model: Any) -> None:
+    def after_step(self, model: Any, whole: Any) -> None:
         """Wait."""
         time.sleep(0.2)
 

@@ -73,7 +73,7 @@ spec = importlib.util.spec_from_file_location("toys", sys.argv[1])
 toys = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(toys)
 class Slow(toys.Toy):
-    def after_step(self, model):
+    def after_step(self, model, whole):
         time.sleep(0.02)
 config = TrainingConfig(epochs=30, batch_size=12, learning_rate=0.01)
 train_local(Slow(), config, scratch=Path(sys.argv[2]), seed=5)

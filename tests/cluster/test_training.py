@@ -17,7 +17,9 @@ from goldcrest.cluster.errors import InputError, StepError
 from goldcrest.cluster.schedules import learning_rate
 from goldcrest.cluster.training import train_local
 from goldcrest.cluster.training_config import TrainingConfig
+from goldcrest.cluster.training_deepspeed import deepspeed_config
 from goldcrest.cluster.training_sampling import epoch_batches, seed_chunk, seed_model
+from goldcrest.cluster.training_shards import Fragment, HeldMasks
 
 _spec = importlib.util.spec_from_file_location(
     "training_toys", Path(__file__).with_name("training_toys.py")
@@ -218,7 +220,7 @@ def test_steps_by_units_stopped_and_continued_are_undisturbed(tmp_path: Path) ->
     ("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")]
 )
 def test_masks_hold_and_a_teacher_follows(tmp_path: Path, stage: int, precision: str) -> None:
-    """after_step's changes reach the master weights, under every stage and precision."""
+    """Zeros and after_step's changes reach the master weights in every stage and precision."""
     trained = train(toys.Sparse(), tmp_path, zero_stage=stage, precision=precision)
     student = trained.model_state["student.0.weight"]
     assert (student[:, ::2] == 0).all() and (student[:, 1::2] != 0).all()
@@ -231,6 +233,111 @@ def test_masks_hold_and_a_teacher_follows(tmp_path: Path, stage: int, precision:
         plain = train(toys.Sparse(), tmp_path / "plain")
         torch.testing.assert_close(plain.model_state["teacher.0.weight"], teacher)
         torch.testing.assert_close(plain.model_state["student.0.weight"], student)
+
+
+@pytest.fixture
+def gathered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Elements of each gathering of ZeRO 3; no parameter is small enough to stay whole."""
+    import deepspeed
+
+    sizes: list[int] = []
+
+    class Spy(deepspeed.zero.GatheredParameters):  # type: ignore[misc]
+        def __init__(self, params: Any, **settings: Any) -> None:
+            sizes.append(sum(parameter.ds_numel for parameter in params))
+            super().__init__(params, **settings)
+
+    def all_cut_up(*arguments: Any, **settings: Any) -> dict[str, Any]:
+        made = deepspeed_config(*arguments, **settings)
+        made["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return made
+
+    monkeypatch.setattr("deepspeed.zero.GatheredParameters", Spy)
+    monkeypatch.setattr("goldcrest.cluster.training_deepspeed.deepspeed_config", all_cut_up)
+    return sizes
+
+
+def test_zero_3_gathers_what_after_step_asks_for_and_no_more(
+    tmp_path: Path, gathered: list[int]
+) -> None:
+    """Masks and an empty after_step cost no gathering. A teacher costs one weight and its copy at a
+    time (8 x 16 each, of 2 x 192 in all), and each frozen weight by itself for a checkpoint."""
+    held = train(toys.Held(), tmp_path / "held", zero_stage=3, clip_norm=None)
+    assert gathered == []
+    assert_same(held, train(toys.Held(), tmp_path / "plain-held", clip_norm=None))
+    taught = train(toys.Sparse(), tmp_path / "taught", zero_stage=3, clip_norm=None)
+    assert max(gathered) == 2 * 8 * 16
+    assert_same(taught, train(toys.Sparse(), tmp_path / "plain-taught", clip_norm=None))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_masks_survive_fifty_steps_with_momentum_and_weight_decay(
+    tmp_path: Path, optimizer: str
+) -> None:
+    """Property 8 of the spec of sparse fine-tuning; the pruned weights begin dense here."""
+    trained = train(toys.Held(), tmp_path, optimizer=optimizer, weight_decay=0.1, epochs=13)
+    for name in ("0.weight", "2.weight"):
+        weight = trained.model_state[name]
+        assert (weight[:, ::2] == 0).all() and (weight[:, 1::2] != 0).all()
+
+
+@pytest.mark.parametrize(
+    ("stage", "offload"), [(0, False), (1, False), (2, False), (2, True), (3, False), (3, True)]
+)
+def test_pruned_weights_have_no_part_in_the_clipped_norm(
+    tmp_path: Path, stage: int, offload: bool
+) -> None:
+    """One step of SGD by hand: its length shows what the gradient's norm was taken over."""
+    objective = toys.Held()
+    seed_model(5)
+    model = objective.build_model()
+    batch = objective.batch(np.arange(48), np.random.default_rng(0))
+    objective.losses(model, batch, epoch=0)["ce"].backward()
+    whole = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])  # type: ignore[misc]
+    for name, keep in objective.masks(model).items():
+        model.get_parameter(name).grad[~keep] = 0
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+    assert 0.01 < norm < 0.9 * whole
+    rates = {1: 0.5, 2: 1.0}  # the toy's lr_scale for biases and for matrices
+    expected = {n: p.detach() - rates[p.ndim] * p.grad for n, p in model.named_parameters()}
+    for name, keep in objective.masks(model).items():
+        expected[name][~keep] = 0
+    trained = train_local(
+        objective,
+        TrainingConfig(
+            epochs=1,
+            batch_size=48,
+            learning_rate=1.0,
+            optimizer="sgd",
+            momentum=0.0,
+            weight_decay=0.0,
+            schedule="constant",
+            clip_norm=0.01,
+            zero_stage=stage,  # type: ignore[arg-type]
+            offload_optimizer=offload,
+        ),
+        scratch=tmp_path,
+        seed=5,
+    )
+    for name, value in expected.items():
+        torch.testing.assert_close(trained.model_state[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_zero_reaches_master_weights_that_fp16_cannot_tell_from_zero() -> None:
+    """1e-8 is below fp16's smallest number (6e-8): the model has a zero already, the master not."""
+    layer = torch.nn.Linear(4, 1, bias=False).half()
+    master = torch.tensor([1e-8, 1e-8, 0.5, 0.5])
+    layer.weight.data.copy_(master)
+    view = layer.weight.data.view(-1)
+    piece = Fragment(
+        name="weight", parameter=layer.weight, start=0,
+        module=view, master=master, flat=master, offset=0,
+    )  # fmt: skip
+    keep = torch.tensor([[False, True, False, True]])
+    held = HeldMasks(layer, [piece], {"weight": keep}, torch.device("cpu"))
+    held.apply()
+    assert master.tolist() == [0.0, pytest.approx(1e-8), 0.0, 0.5]
+    assert layer.weight.tolist() == [[0.0, 0.0, 0.0, 0.5]]
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -366,6 +473,16 @@ class VectorLoss(toys.NoNoise):  # type: ignore[misc]
         return {"ce": model(batch["x"]).sum(1)}
 
 
+class StrangeMask(toys.NoNoise):  # type: ignore[misc]
+    def masks(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        return {"9.weight": torch.ones(16, 8, dtype=torch.bool)}
+
+
+class LongMask(toys.NoNoise):  # type: ignore[misc]
+    def masks(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        return {"0.weight": torch.ones(16, 9, dtype=torch.bool)}
+
+
 class NanMetric(toys.NoNoise):  # type: ignore[misc]
     def evaluate(self, model: torch.nn.Module, *, epoch: int) -> dict[str, float]:
         return {"eer": float("nan")}
@@ -381,6 +498,8 @@ class ClashingMetric(toys.NoNoise):  # type: ignore[misc]
     [
         (OtherParameter, "a parameter that is not in the model"),
         (NoParameter, "no trainable parameter"),
+        (StrangeMask, r"masks\(\) names '9.weight', which is no parameter of the model"),
+        (LongMask, r"mask of '0.weight' is torch.bool of shape \(16, 9\)"),
         (VectorLoss, r"loss 'ce' has shape \(12,\)"),
         (NanMetric, r"epoch 0: evaluate\(\) returned \{'eer': nan\}"),
         (ClashingMetric, r"evaluate\(\) returned \['ce'\]"),

@@ -41,7 +41,10 @@ class Toy:
     ) -> dict[str, torch.Tensor]:
         return {"ce": functional.cross_entropy(model(batch["x"]).float(), batch["y"])}
 
-    def after_step(self, model: torch.nn.Module) -> None:
+    def masks(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        return {}
+
+    def after_step(self, model: torch.nn.Module, whole: Any) -> None:
         return None
 
     def evaluate(self, model: torch.nn.Module, *, epoch: int) -> dict[str, float]:
@@ -137,21 +140,31 @@ class Killed(NoNoise):
         return super().losses(model, batch, epoch=epoch)
 
 
+class Held(NoNoise):
+    """Every other column of both weights is held at zero, from a dense start."""
+
+    def masks(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        first, last = torch.ones(16, 8, dtype=torch.bool), torch.ones(3, 16, dtype=torch.bool)
+        first[:, ::2], last[:, ::2] = False, False
+        return {"0.weight": first, "2.weight": last}
+
+
 class Sparse(NoNoise):
-    """Holds a mask on the first weight after every step and moves an EMA teacher in the model."""
+    """Holds a mask on the first weight and moves an EMA teacher in the model."""
 
     def build_model(self) -> torch.nn.Module:
         student = super().build_model()
         teacher = super().build_model().requires_grad_(False)
         model = torch.nn.ModuleDict({"student": student, "teacher": teacher})
-        self.mask(model)
+        with torch.no_grad():
+            student[0].weight[:, ::2] = 0.0  # type: ignore[index]
         teacher.load_state_dict(student.state_dict())
         return model
 
-    @staticmethod
-    def mask(model: torch.nn.Module) -> None:
-        with torch.no_grad():
-            model["student"][0].weight[:, ::2] = 0.0  # type: ignore[index]
+    def masks(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        mask = torch.ones(16, 8, dtype=torch.bool)
+        mask[:, ::2] = False
+        return {"student.0.weight": mask}
 
     def parameter_groups(self, model: torch.nn.Module) -> list[dict[str, Any]]:
         return [{"params": list(model["student"].parameters())}]  # type: ignore[index]
@@ -167,11 +180,11 @@ class Sparse(NoNoise):
             "kd": functional.mse_loss(logits.float(), taught.float()),
         }
 
-    def after_step(self, model: torch.nn.Module) -> None:
-        self.mask(model)
+    def after_step(self, model: torch.nn.Module, whole: Any) -> None:
         student, teacher = model["student"], model["teacher"]  # type: ignore[index]
         for old, new in zip(teacher.parameters(), student.parameters(), strict=True):
-            old.lerp_(new, 0.1)
+            with whole(old, new):
+                old.lerp_(new, 0.1)
 
     def evaluate(self, model: torch.nn.Module, *, epoch: int) -> dict[str, float]:
         return {}
@@ -217,7 +230,7 @@ class Remembering(NoNoise):
     def __init__(self) -> None:
         self.seen = torch.zeros(1)
 
-    def after_step(self, model: torch.nn.Module) -> None:
+    def after_step(self, model: torch.nn.Module, whole: Any) -> None:
         self.seen = self.seen + 1
 
     def state_dict(self) -> dict[str, torch.Tensor]:

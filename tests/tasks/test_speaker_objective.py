@@ -120,7 +120,7 @@ def test_a_pruned_network_is_taught_in_every_stage_and_precision(
     assert all(np.isfinite(row["loss"]) for row in trained.history)
     if distillation != "none":
         assert trained.history[0][distillation] > 0
-    for name, mask in objective.masks.items():
+    for name, mask in objective.layer_masks.items():
         assert bool((trained.model_state[f"network.{name}.weight"][~mask] == 0).all())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -69,7 +70,7 @@ class Loop:
             optimizer.zero_grad()
             torch.stack(list(losses.values())).sum().backward()
             optimizer.step()
-            objective.after_step(model)
+            objective.after_step(model, nullcontext)
             row |= {name: value.item() for name, value in losses.items()}
         model.eval()
         return row | objective.evaluate(model, epoch=epoch)

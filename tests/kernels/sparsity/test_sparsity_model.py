@@ -171,33 +171,6 @@ def test_global_magnitude_has_the_sparsity_over_all_layers() -> None:
     assert gone.max() <= kept.min()
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_masks_survive_fifty_steps_with_momentum_and_weight_decay(optimizer: str) -> None:
-    """Property 8."""
-    toy, calibrate, batches = toy_and_calibration()
-    # Momentum from dense training would move the pruned weights if nothing held them.
-    if optimizer == "adamw":
-        steps: torch.optim.Optimizer = torch.optim.AdamW(toy.parameters(), 1e-2, weight_decay=0.1)
-    else:
-        steps = torch.optim.SGD(toy.parameters(), 1e-2, momentum=0.9, weight_decay=0.1)
-    toy(batches[0]).square().mean().backward()
-    steps.step()
-    found = model.prune_model(toy, NAMES, calibrate, "sparsegpt", 0.5, sparsegpt.Settings())
-    before = toy.first.weight.detach().clone()
-    for step in range(50):
-        steps.zero_grad()
-        (toy(batches[step % 4]) - 1).square().mean().backward()
-        masks.hold_gradients(toy, found)
-        assert (toy.first.weight.grad[~found["first"]] == 0).all()
-        steps.step()
-        masks.hold(toy, found)
-    assert not torch.equal(before, toy.first.weight)
-    for name in NAMES:
-        weight = toy.get_submodule(name).weight
-        assert (weight[~found[name]] == 0).all()
-        assert (weight[found[name]] != 0).all()
-
-
 def test_gradual_levels_are_the_studys() -> None:
     """50, 67, 75, 80, 83, 86, 88, 90 % as printed (rounded) in its section 4."""
     printed = [50, 67, 75, 80, 83, 86, 88, 90]
