@@ -157,9 +157,12 @@ def ray_options(words: list[str]) -> dict[str, Any]:
     return dict(ray_cli.commands[name].make_context(name, arguments).params)
 
 
+def pods(cluster: Cluster) -> list[PodTemplate]:
+    return [group.template for group in [cluster.headGroupSpec, *cluster.workerGroupSpecs]]
+
+
 def containers(cluster: Cluster) -> list[dict[str, Any]]:
-    groups = [cluster.headGroupSpec, *cluster.workerGroupSpecs]
-    return [container for group in groups for container in group.template.spec["containers"]]
+    return [container for pod in pods(cluster) for container in pod.spec["containers"]]
 
 
 def test_the_job_s_command_is_one_that_exists() -> None:
@@ -203,6 +206,23 @@ def test_every_cluster_asks_for_a_token_and_shares_what_it_must(cluster: Any) ->
         assert group.template.metadata["labels"] == {"app.kubernetes.io/name": "goldcrest"}
         words = [f"--{name}={value}" for name, value in group.rayStartParams.items()]
         ray_options(["start", "--head", *words])
+
+
+def test_every_pod_runs_as_the_user_of_the_image() -> None:
+    """By number: of a name the kubelet cannot tell that it is not root's. Volumes and secrets come
+    as root's, so the pods say whose group they are to be."""
+    text = (DEPLOY / "Containerfile").read_text(encoding="utf-8")
+    ((user, group),) = re.findall(r"^USER (\d+):(\d+)$", text, re.MULTILINE)
+    assert user != "0" and f"useradd --uid {user} --gid {group} " in text
+    for pod in [pod for cluster in CLUSTERS for pod in pods(cluster())]:
+        context = pod.spec["securityContext"]
+        assert context["runAsNonRoot"] is True
+        assert (context["runAsUser"], context["runAsGroup"]) == (int(user), int(group))
+        assert context["fsGroup"] == int(group)
+        for container in pod.spec["containers"]:  # none is an exception
+            assert not {"runAsUser", "runAsGroup", "runAsNonRoot"} & set(
+                container["securityContext"]
+            )
 
 
 def test_the_drain_before_a_spot_node_ends_is_a_command_of_this_ray() -> None:
@@ -290,6 +310,7 @@ def test_the_image_holds_what_the_files_name() -> None:
     assert re.search(r"^WORKDIR /app$", text, re.MULTILINE)
     assert "RAY_AUTH_MODE=token" in text
     assert text.index("\nUSER ") > text.index("pip install")
+    assert re.search(r"apt-get install .*\bwget\b", text)  # KubeRay's probes of health call it
     command = json.loads(re.findall(r"^CMD (.+)$", text, re.MULTILINE)[0])
     goldcrest_options(command[1:])
     tag = re.findall(r"-t (\S+)", text)[0]
