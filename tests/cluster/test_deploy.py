@@ -91,6 +91,7 @@ class JobSpec(Strict):
     ttlSecondsAfterFinished: int  # noqa: N815
     backoffLimit: int  # noqa: N815
     rayClusterSpec: Cluster  # noqa: N815
+    submitterPodTemplate: PodTemplate  # noqa: N815
 
 
 class ServiceSpec(Strict):
@@ -214,7 +215,8 @@ def test_every_pod_runs_as_the_user_of_the_image() -> None:
     text = (DEPLOY / "Containerfile").read_text(encoding="utf-8")
     ((user, group),) = re.findall(r"^USER (\d+):(\d+)$", text, re.MULTILINE)
     assert user != "0" and f"useradd --uid {user} --gid {group} " in text
-    for pod in [pod for cluster in CLUSTERS for pod in pods(cluster())]:
+    every = [pod for cluster in CLUSTERS for pod in pods(cluster())]
+    for pod in [*every, job().submitterPodTemplate]:
         context = pod.spec["securityContext"]
         assert context["runAsNonRoot"] is True
         assert (context["runAsUser"], context["runAsGroup"]) == (int(user), int(group))
@@ -273,6 +275,28 @@ def test_the_network_policy_fences_every_pod_and_opens_named_ports() -> None:
     for rule in spec["ingress"]:
         assert rule["from"], "a rule without `from` lets everybody in"
         assert "ports" in rule or rule["from"] == [{"podSelector": spec["podSelector"]}]
+
+
+def test_the_pod_that_submits_the_job_is_let_in() -> None:
+    """Its dashboard is the first thing that a job needs, and the policy opens it to few."""
+    pod = job().submitterPodTemplate
+    selectors = [
+        peer.get("podSelector", {}).get("matchLabels")
+        for rule in read("network-policy.yaml")["spec"]["ingress"]
+        if {"protocol": "TCP", "port": 8265} in rule.get("ports", [])
+        for peer in rule["from"]
+    ]
+    assert any(s and s.items() <= pod.metadata["labels"].items() for s in selectors)
+    assert "app.kubernetes.io/name" not in pod.metadata["labels"]  # no other port of the nodes
+    # A Job's pod may not be one that always starts again; its first container is the operator's
+    # to fill: a command or a token of its own would take the place of what the operator gives.
+    assert pod.spec["restartPolicy"] == "Never"
+    (container,) = pod.spec["containers"]
+    assert not {"command", "args", "env"} & set(container)
+    (head,) = job().rayClusterSpec.headGroupSpec.template.spec["containers"]
+    assert container["image"] == head["image"]
+    assert container["securityContext"] == head["securityContext"]
+    assert container["resources"]["limits"] == container["resources"]["requests"]
 
 
 def test_ray_up() -> None:
