@@ -6,7 +6,6 @@ KubeRay's own schema cannot be had offline; the models here are the parts of its
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shlex
@@ -142,6 +141,15 @@ def service() -> ServiceSpec:
 CLUSTERS = [lambda: job().rayClusterSpec, lambda: service().rayClusterConfig]
 
 
+def mounts(pod: PodTemplate) -> list[dict[str, Any]]:
+    return [mount for each in pod.spec["containers"] for mount in each.get("volumeMounts", [])]
+
+
+def inside(path: str, pod: PodTemplate) -> bool:
+    """Whether a path lies in one of the folders that the pod mounts."""
+    return any(Path(path).is_relative_to(mount["mountPath"]) for mount in mounts(pod))
+
+
 def goldcrest_options(words: list[str]) -> dict[str, Any]:
     """The parameters of a goldcrest command; it raises for what it does not know."""
     command: Any = typer.main.get_command(cli.app)
@@ -173,9 +181,8 @@ def test_the_job_s_command_is_one_that_exists() -> None:
     assert options["pipeline"] == "speaker"
     for given in (options["config"], options["profile"]):
         assert (ROOT / given.removeprefix(IMAGE)).is_file()
-    mounts = {m["mountPath"] for c in containers(job().rayClusterSpec) for m in c["volumeMounts"]}
     for path in (options["store"], options["corpus"][0], str(options["json_file"])):
-        assert any(path == m or path.startswith(f"{m}/") for m in mounts), path
+        assert all(inside(path, pod) for pod in pods(job().rayClusterSpec)), path
 
 
 def test_the_job_s_profile_finds_its_pools() -> None:
@@ -191,22 +198,25 @@ def test_the_job_s_profile_finds_its_pools() -> None:
 
 
 @pytest.mark.parametrize("cluster", CLUSTERS)
-def test_every_cluster_asks_for_a_token_and_shares_what_it_must(cluster: Any) -> None:
+def test_every_cluster_asks_for_a_token_and_gives_pods_what_they_say(cluster: Any) -> None:
     spec: Cluster = cluster()
     assert spec.authOptions.mode == "token"
     assert spec.rayVersion == RAY
-    mounts = [container["volumeMounts"] for container in containers(spec)]
-    assert all(each == mounts[0] for each in mounts)  # every node sees the same folders
     for container in containers(spec):
         assert container["securityContext"]["allowPrivilegeEscalation"] is False
         assert container["resources"]["limits"] == container["resources"]["requests"]
         assert "privileged" not in container["securityContext"]
     for group in [spec.headGroupSpec, *spec.workerGroupSpecs]:
-        volumes = {volume["name"] for volume in group.template.spec["volumes"]}
-        assert {m["name"] for m in group.template.spec["containers"][0]["volumeMounts"]} <= volumes
+        volumes = {volume["name"] for volume in group.template.spec.get("volumes", [])}
+        assert {m["name"] for m in mounts(group.template)} == volumes
         assert group.template.metadata["labels"] == {"app.kubernetes.io/name": "goldcrest"}
         words = [f"--{name}={value}" for name, value in group.rayStartParams.items()]
         ray_options(["start", "--head", *words])
+
+
+def test_every_node_of_the_job_sees_the_same_folders() -> None:
+    first, *others = [mounts(pod) for pod in pods(job().rayClusterSpec)]
+    assert all(each == first for each in others)
 
 
 def test_every_pod_runs_as_the_user_of_the_image() -> None:
@@ -239,25 +249,52 @@ def test_the_drain_before_a_spot_node_ends_is_a_command_of_this_ray() -> None:
     assert deadline < gpu.template.spec["terminationGracePeriodSeconds"]
 
 
-def test_the_service_is_one_that_serve_takes() -> None:
+def test_the_service_is_what_serve_would_write(tmp_path: Path) -> None:
+    """The file that `goldcrest serve --write-config` makes, but for the proxies of more nodes."""
     from ray.serve.schema import ServeDeploySchema
 
+    from goldcrest.pipelines.cli_serve import write_serve_config
+    from goldcrest.pipelines.endpoints.speaker import SERVED, SpeakerSettings
+    from goldcrest.pipelines.endpoints.speaker_choice import ModelChoice
+
     config = yaml.safe_load(service().serveConfigV2)
-    (application,) = ServeDeploySchema.model_validate(config).applications
-    mounts = {m["mountPath"] for c in containers(service().rayClusterConfig)
-              for m in c["volumeMounts"]}  # fmt: skip
-    paths = [application.args["token_file"], application.args["state_folder"]]
-    paths += application.deployments[0].user_config["bundles"].values()
-    for path in paths:
-        assert any(path == m or path.startswith(f"{m}/") for m in mounts), path
-    module, _, name = application.import_path.partition(":")
-    if importlib.util.find_spec("goldcrest.pipelines.endpoints") is None:
-        pytest.skip("this checkout has no endpoints")
-    found = importlib.import_module(module)
-    assert callable(getattr(found, name))
-    found.SpeakerSettings.model_validate(application.args)
-    choice = importlib.import_module("goldcrest.pipelines.endpoints.speaker_choice").ModelChoice
-    choice.model_validate(application.deployments[0].user_config)
+    assert config.pop("proxy_location") == "EveryNode"
+    ServeDeploySchema.model_validate(config)
+    (application,) = config["applications"]
+    written = tmp_path / "serve.yaml"
+    write_serve_config(
+        written,
+        SERVED,
+        SpeakerSettings.model_validate(application["args"]),
+        ModelChoice.model_validate(application["deployments"][0]["user_config"]),
+        **config["http_options"],
+    )
+    assert config == {
+        name: value
+        for name, value in yaml.safe_load(written.read_text()).items()
+        if name != "proxy_location"
+    }
+
+
+def test_the_service_s_folders_are_where_its_replicas_are() -> None:
+    """The HTTP side goes where the state is; the model to any node with cores."""
+    from goldcrest.pipelines.endpoints.speaker import SpeakerSettings
+
+    (application,) = yaml.safe_load(service().serveConfigV2)["applications"]
+    settings = SpeakerSettings.model_validate(application["args"])
+    (bundle,) = application["deployments"][0]["user_config"]["bundles"].values()
+    cluster = service().rayClusterConfig
+    assert settings.api_resources and cluster.headGroupSpec.rayStartParams["num-cpus"] == "0"
+    homes = []
+    for group in [cluster.headGroupSpec, *cluster.workerGroupSpecs]:
+        (given,) = shlex.split(group.rayStartParams.get("resources", "{}"))  # a shell's word
+        if settings.api_resources.keys() <= json.loads(given).keys():
+            homes.append(group)
+        assert inside(str(settings.state_folder), group.template) is (group in homes)
+    (home,) = homes
+    assert isinstance(home, WorkerGroup) and home.maxReplicas == 1  # one node, one file
+    assert settings.token_file is not None and inside(str(settings.token_file), home.template)
+    assert all(inside(bundle, group.template) for group in cluster.workerGroupSpecs)
 
 
 def test_the_network_policy_fences_every_pod_and_opens_named_ports() -> None:
