@@ -380,18 +380,43 @@ def test_the_image_holds_what_the_files_name() -> None:
     assert re.search(rf"^ray==?={re.escape(RAY)}$", (ROOT / "constraints.txt").read_text(), re.M)
 
 
+def scraped_port(scrape: dict[str, Any]) -> str:
+    """The name of the pods' ports that a job of Prometheus keeps; of Goldcrest's pods only."""
+    kept = {r["source_labels"][0]: r["regex"] for r in scrape["relabel_configs"] if "regex" in r}
+    assert kept["__meta_kubernetes_pod_label_app_kubernetes_io_name"] == "goldcrest"
+    return str(kept["__meta_kubernetes_pod_container_port_name"])
+
+
 def test_prometheus_scrapes_what_the_clusters_offer() -> None:
-    config = read("prometheus.yaml")
-    pods, machines = config["scrape_configs"]
-    kept = {tuple(r["source_labels"]): r["regex"] for r in pods["relabel_configs"] if "regex" in r}
-    assert kept[("__meta_kubernetes_pod_label_app_kubernetes_io_name",)] == "goldcrest"
-    named = kept[("__meta_kubernetes_pod_container_port_name",)]
+    jobs = {each["job_name"]: each for each in read("prometheus.yaml")["scrape_configs"]}
+    nodes, endpoints = jobs["ray-pods"], jobs["endpoints"]
+    scraped = set()
     for cluster in CLUSTERS:
         for container in containers(cluster()):
-            assert named in [port["name"] for port in container["ports"]]
+            ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+            scraped.add(ports[scraped_port(nodes)])
+    served = [
+        {port["name"]: port["containerPort"] for port in container["ports"]}
+        for group in service().rayClusterConfig.workerGroupSpecs
+        for container in group.template.spec["containers"]
+    ]
+    http = yaml.safe_load(service().serveConfigV2)["http_options"]["port"]
+    assert [ports[scraped_port(endpoints)] for ports in served] == [http] * len(served)
+    # Ray asks nobody for a token there; the endpoint's gate asks for `Bearer`, the default here.
+    assert "authorization" not in nodes
+    assert set(endpoints["authorization"]) == {"credentials_file"}
+    assert "metrics_path" not in endpoints  # /metrics
+    opened = {
+        port["port"]
+        for rule in read("network-policy.yaml")["spec"]["ingress"]
+        for port in rule.get("ports", [])
+        if "monitoring" in str(rule["from"])
+    }
+    assert opened == scraped | {http}
     up = read("ray-up.yaml")
     hosts = [up["provider"]["head_ip"], *up["provider"]["worker_ips"]]
-    assert machines["static_configs"][0]["targets"] == [f"{host}:8080" for host in hosts]
+    machines = jobs["ray-machines"]["static_configs"][0]
+    assert machines["targets"] == [f"{host}:8080" for host in hosts]
 
 
 def test_the_dashboard_shows_metrics_that_ray_has() -> None:
