@@ -6,6 +6,8 @@ reads them). The list is made before anything is packed, so a tree that is too l
 once and with the names of what makes it large. The same tree gives the same bytes, and Ray sends a
 package that the cluster has already only once.
 
+A file that the job's command names (a config) is sent wherever it lies in the tree.
+
 A link to something inside the tree is sent as a copy (Ray unpacks no links); one that leads outside
 is left out: who sends a folder does not expect to send others.
 """
@@ -16,7 +18,7 @@ import collections
 import os
 import zipfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pathspec import GitIgnoreSpec
@@ -112,6 +114,17 @@ def collect(root: Path, excludes: Sequence[str] = ()) -> Package:
         links_out=tuple(sorted(search.links_out)),
         stores=tuple(sorted(search.stores)),
     )
+
+
+def including(package: Package, path: Path) -> Package:
+    """The package with the file `path` of its tree, also where the rules leave that out."""
+    path = path.resolve()
+    name = path.relative_to(package.root).as_posix()
+    if any(file.name == name for file in package.files):
+        return package
+    added = PackagedFile(name=name, path=path, size=path.stat().st_size)
+    files = sorted((*package.files, added), key=lambda file: file.name)
+    return replace(package, files=tuple(files))
 
 
 class _Search:

@@ -115,13 +115,15 @@ def submit(
         cli_config.make_config(found, config, override, corpus, eval_corpus)  # errors show here
         name = check_run_name(run_id or new_run_id(found.name.rpartition(".")[2]))
         environment = _environment(env or [])
-        package = collect(working_dir, exclude or [])
+        package, placed = _placed_files(
+            collect(working_dir, exclude or []), found.name, config, profile
+        )
         check_size(package, _size(max_upload))
         jobs = Jobs(address)
         where = job_store(store, jobs.address)
         command = [
             *(python, "-m", "goldcrest", "run", pipeline),
-            *_placed_files(package.root, found.name, config, profile),
+            *placed,
             *_repeated("-o", override),
             *_corpora(corpus, eval_corpus),
             *("--store", where, "--run-id", name, "--address", "auto"),
@@ -260,8 +262,15 @@ def is_loopback(address: str) -> bool:
         return host == "localhost"
 
 
-def _placed_files(root: Path, pipeline: str, config: str | None, profile: str | None) -> list[str]:
-    """`--config` and `--profile` as the job finds them: inside the tree, or by their names."""
+def _placed_files(
+    package: Package, pipeline: str, config: str | None, profile: str | None
+) -> tuple[Package, list[str]]:
+    """`--config` and `--profile` as the job finds them: inside the tree, or by their names.
+
+    With the package, which then has those files: the best config of a sweep lies in a store, and
+    stores are left out.
+    """
+    from goldcrest.cluster.job_package import including
     from goldcrest.pipelines.discovery import config_files, find_config
 
     options = []
@@ -269,16 +278,17 @@ def _placed_files(root: Path, pipeline: str, config: str | None, profile: str | 
         path = find_config(of, given, what=option.removeprefix("--"))
         if path is None or given is None:
             continue
-        if path.resolve().is_relative_to(root):
-            options += [option, path.resolve().relative_to(root).as_posix()]
+        if path.resolve().is_relative_to(package.root):
+            package = including(package, path)
+            options += [option, path.resolve().relative_to(package.root).as_posix()]
         elif given in config_files(of):  # comes with the goldcrest that is installed there
             options += [option, given]
         else:
             raise InputError(
-                f"{option} {given} lies outside of {root}, and only that is sent",
+                f"{option} {given} lies outside of {package.root}, and only that is sent",
                 hint="move it there, or give another --working-dir",
             )
-    return options
+    return package, options
 
 
 def _corpora(corpus: list[str] | None, eval_corpus: list[str] | None) -> list[str]:

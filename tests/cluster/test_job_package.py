@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from goldcrest.cluster.errors import InputError
-from goldcrest.cluster.job_package import check_size, collect, is_store, write_zip
+from goldcrest.cluster.job_package import check_size, collect, including, is_store, write_zip
 from goldcrest.cluster.store import Store
 
 ROOT = Path(__file__).parents[2]
@@ -43,6 +43,19 @@ def test_code_goes_and_what_is_no_code_stays(tmp_path: Path) -> None:
     for name in kept + left:
         write(tmp_path, name)
     assert names(tmp_path) == sorted(kept)
+
+
+def test_a_file_that_is_asked_for_goes_once(tmp_path: Path) -> None:
+    for name in ("a.py", "build/profile.yaml", ".goldcrest/store/runs/s/best.yaml", "z.py"):
+        write(tmp_path, name)
+    package = collect(tmp_path)
+    assert including(package, tmp_path / "a.py") is package
+    for name in ("build/profile.yaml", ".goldcrest/store/runs/s/best.yaml"):
+        package = including(package, tmp_path / name)
+    sent = [file.name for file in package.files]
+    assert sent == [".goldcrest/store/runs/s/best.yaml", "a.py", "build/profile.yaml", "z.py"]
+    write_zip(package, tmp_path / "package.zip")
+    assert zipfile.ZipFile(tmp_path / "package.zip").namelist() == sent
 
 
 def test_ignore_files_speak_of_their_own_folder(tmp_path: Path) -> None:

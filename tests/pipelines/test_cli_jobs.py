@@ -123,12 +123,22 @@ def test_submit_runs_the_working_tree_there(
 def test_a_failed_job_gives_its_exit_code(
     submitted: tuple[Path, object], tree: Path, job_cluster: DashboardCluster
 ) -> None:
-    """2: the run itself refuses its input there. Nothing but the exit code tells that from 1."""
-    (tree / "mine").mkdir()
-    (tree / "mine" / "profile.yaml").write_text("steps: {say: {cpus: 99}}\n")
+    """2: the run itself refuses its input there. Nothing but the exit code tells that from 1.
+
+    Its files lie where a package has nothing of: in a store, as a sweep's result does, and among
+    build products. The job finds them all the same.
+    """
+    best = tree / ".goldcrest" / "store" / "runs" / "s" / "best.yaml"
+    for path, text in (
+        (best, "say: {word: best}\n"),
+        (tree / "build" / "profile.yaml", "steps: {say: {cpus: 99}}\n"),
+    ):
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
     done = goldcrest(
         tree, "submit", "lab.saying", "--store", str(submitted[0]), "--no-tracking",
-        "--profile", "mine/profile.yaml", "--address", job_cluster.dashboard,
+        "--config", str(best), "--profile", "build/profile.yaml",
+        "--address", job_cluster.dashboard,
     )  # fmt: skip
     assert done.returncode == 2, done.stdout + done.stderr
     assert "step 'say' asks for 99 CPU cores" in done.stdout
