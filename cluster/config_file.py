@@ -23,6 +23,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from goldcrest.cluster.errors import InputError
+from goldcrest.cluster.masking import MASK, is_secret_name
 
 MAX_BYTES = 1 << 20
 """Largest configuration file or override, in bytes."""
@@ -265,12 +266,13 @@ def _explain(config_class: type[BaseModel], detail: Mapping[str, Any]) -> str:
         return message
     if detail["type"] in ("model_type", "model_attributes_type", "dict_type"):
         message = "Input should be a group of fields"
+    given = MASK if any(map(is_secret_name, location)) else _short(detail.get("input"))
     if message.startswith("Input should be "):
         allowed = message.removeprefix("Input should be ")
-        return f"field '{dotted}' should be {allowed}, not {_short(detail.get('input'))}"
+        return f"field '{dotted}' should be {allowed}, not {given}"
     if isinstance(detail.get("input"), Mapping):
         return f"in '{dotted}': {message}"
-    return f"field '{dotted}' is {_short(detail.get('input'))}: {message}"
+    return f"field '{dotted}' is {given}: {message}"
 
 
 def _short(value: Any) -> str:

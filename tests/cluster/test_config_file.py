@@ -36,6 +36,7 @@ class Whole(Config):
     clustering: Method = Method()
     second: Method | None = None
     mode: Literal["fast", "exact"] = "exact"
+    hub_token: int = 0
     sizes: tuple[int, ...] = (1, 2)
     seed: int = Field(0, ge=0, description="seed")
 
@@ -115,6 +116,7 @@ def test_override_of_a_list_element() -> None:
         (["mode=quick"], "'mode' should be 'fast' or 'exact', not 'quick'"),
         (["seed=soon"], "'seed' should be a valid integer"),
         (["seed=1.5"], "'seed' should be a valid integer"),
+        (["hub_token=hush"], "parse string as an integer, not ***"),
         (["clustering=3"], "'clustering' should be a group of fields, not 3"),
         (["sizes=[]"], "'sizes' is []: give at least one size"),
         (["clustering.mu=1e999"], "'clustering.mu' is inf; give a finite number"),
