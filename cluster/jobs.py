@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from goldcrest.cluster.errors import GoldcrestError, InputError
 from goldcrest.cluster.job_package import Package, write_zip
-from goldcrest.cluster.masking import mask_text
+from goldcrest.cluster.masking import mask_command, mask_text
 from goldcrest.cluster.ray_token import use_token_if_there
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ def _job(details: JobDetails) -> Job:
         state=str(details.status),
         exit_code=details.driver_exit_code,
         message=mask_text(next(iter((details.message or "").splitlines()), "")),
-        command=mask_text(details.entrypoint),
+        command=mask_command(details.entrypoint),
         started=details.start_time and details.start_time / 1000,
         ended=details.end_time and details.end_time / 1000,
         facts=dict(details.metadata or {}),

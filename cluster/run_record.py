@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from goldcrest.cluster.events import Event, Listener, RunResult
-from goldcrest.cluster.masking import mask_secrets, mask_text
+from goldcrest.cluster.masking import mask_secrets, mask_text, mask_words
 from goldcrest.cluster.plan import Plan
 
 
@@ -42,7 +42,7 @@ class RunRecord:
         self.folder = folder
         self._facts = {
             **facts,
-            "command": [mask_text(word) for word in sys.argv],
+            "command": mask_words(sys.argv),
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "started": time.time(),

@@ -2,21 +2,45 @@
 
 from __future__ import annotations
 
-import pytest
+import json
+import shlex
 
-from goldcrest.cluster.masking import is_secret_name, mask_secrets, mask_text
+import pytest
+import yaml
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from goldcrest.cluster.masking import (
+    is_secret_name,
+    mask_command,
+    mask_secrets,
+    mask_text,
+    mask_words,
+)
 
 
 @pytest.mark.parametrize(
     "name",
     ["token", "hf_token", "HF_TOKEN", "hubToken", "password", "db_passwords", "client-secret"]
-    + ["api_key", "apiKey", "aws_access_key", "credentials", "private_key"],
+    + ["api_key", "apiKey", "aws_access_key", "credentials", "private_key", "api_tokens"],
 )
 def test_secret_names(name: str) -> None:
     assert is_secret_name(name)
 
 
-@pytest.mark.parametrize("name", ["tokenizer", "key", "keys", "monkey", "secretary", "passes"])
+@pytest.mark.parametrize(
+    "name",
+    ["tokenizer", "key", "keys", "monkey", "secretary", "passes"]
+    + [
+        "tokens",
+        "pretrain_tokens",
+        "max_tokens",
+        "maxTokens",
+        "max_new_tokens",
+        "tokens_per_second",
+    ]
+    + ["pad_token", "bos_token_id", "bytes_per_token", "first_token_ms"],
+)
 def test_names_that_hold_no_secret(name: str) -> None:
     assert not is_secret_name(name)
 
@@ -31,6 +55,21 @@ def test_names_that_hold_no_secret(name: str) -> None:
         ("cannot reach http://u:p@h:80/ now", "cannot reach http://***@h:80/ now"),
         ("grow.hub_token=abc", "grow.hub_token=***"),
         ("max_tokens=512", "max_tokens=512"),
+        ("tokens: 512, token_count: 3", "tokens: 512, token_count: 3"),
+        ("hf_token=hf_abc,def", "hf_token=***"),
+        ("DB_PASSWORD='my secret pw' next", "DB_PASSWORD=*** next"),
+        ("DB_PASSWORD='my secret pw", "DB_PASSWORD=***"),
+        (r"password=my\ pw next", "password=*** next"),
+        ("'db.password=my pw' next", "'db.password=***' next"),
+        ("password=123456", "password=***"),
+        ("-o=grow.hub_token=abc", "-o=grow.hub_token=***"),
+        ("api_key = abc # mine", "api_key = *** # mine"),
+        ("hub_token: abc", "hub_token: ***"),
+        ("a:\n  - password: my secret pw\nb: 1", "a:\n  - password: ***\nb: 1"),
+        ('{"hub_token": "a b", "n": 3}', '{"hub_token": "***", "n": 3}'),
+        ("{'hub_token':'it\\'s', 'n': 3}", "{'hub_token':'***', 'n': 3}"),
+        ("n=3&token=a;b", "n=3&token=***"),
+        ("there is no token here", "there is no token here"),
         ("s3://bucket/a=b", "s3://bucket/a=b"),
         ("write to me@example.org", "write to me@example.org"),
     ],
@@ -58,3 +97,52 @@ def test_everything_under_a_secret_name_is_secret() -> None:
 
 def test_an_empty_secret_stays_empty() -> None:
     assert mask_secrets({"token": ""}) == {"token": ""}
+
+
+def test_numbers_are_secret_where_the_name_ends_with_the_word() -> None:
+    tree = {"pin": 1234, "password": 1234, "hf_token": 55, "token_count": 5, "has_token": True}
+    masked = {**tree, "password": "***", "hf_token": "***"}
+    assert mask_secrets(tree) == masked
+
+
+NAMES = st.sampled_from(["hf_token", "DB_PASSWORD", "say.client-secret", "apiKey", "password"])
+VALUES = st.text("aZ09é语 ,;&#=:/+-'\"\\$()[]{}*%@~`", min_size=1, max_size=12).map(
+    lambda text: f"QX{text}XQ"
+)
+"""Any text of one line, between two marks: neither may be seen any more."""
+
+
+def hidden(text: str) -> bool:
+    return "QX" not in text and "XQ" not in text
+
+
+@given(NAMES, VALUES)
+@example("DB_PASSWORD", 'QXit\'s "my" pw, a&b;cXQ')
+def test_no_part_of_a_secret_is_left_on_a_command_line(name: str, value: str) -> None:
+    words = ["goldcrest", "run", "-o", f"{name}={value}", "--store", "s3://bucket/store"]
+    assert mask_words(words) == [*words[:3], f"{name}=***", *words[4:]]
+    line = mask_command(shlex.join(words))
+    assert hidden(line) and line.endswith("--store s3://bucket/store")
+
+
+@given(NAMES, VALUES)
+def test_no_part_of_a_quoted_secret_is_left_in_a_text(name: str, value: str) -> None:
+    assert hidden(mask_text(f"before {name}={shlex.quote(value)} after"))
+    assert hidden(mask_text(f"before {shlex.quote(f'{name}={value}')} after"))
+    assert hidden(mask_text(f"the values { ({name: value})!r} were given"))
+    for ascii_only in (True, False):
+        masked = mask_text(json.dumps({name: value, "n": 3}, ensure_ascii=ascii_only))
+        assert json.loads(masked) == {name: "***", "n": 3}
+    assert hidden(mask_text(yaml.safe_dump({"a": {name: value}}, width=1000)))
+
+
+@given(NAMES, st.text("ab01,;&#=:/+'\"\\", min_size=1, max_size=12))
+def test_a_word_after_a_secret_s_name_is_masked_whole(name: str, value: str) -> None:
+    assert hidden(mask_text(f"before {name}=QX{value}XQ after"))
+    assert hidden(mask_text(f"before {name}: QX{value}XQ after"))
+
+
+@given(st.text(max_size=40))
+def test_masking_again_changes_nothing(text: str) -> None:
+    once = mask_text(text)
+    assert mask_text(once) == once
