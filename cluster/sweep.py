@@ -150,6 +150,11 @@ class _Sweep:
         except GoldcrestError as error:
             self._finish(Failure(step=None, message=error.message, hint=error.hint))
             raise
+        except Exception as error:  # a fault of Tune: what was done until then is told all the same
+            said = f"the sweep was broken off by a fault, {type(error).__name__}: {error}"
+            hint = "what has finished is in the store; the same command goes on from there"
+            self._finish(Failure(step=None, message=said, hint=hint))
+            raise
         finally:
             leave(mode)
         result = self._finish(self.monitor.fault if self.monitor else None)
@@ -184,7 +189,12 @@ class _Sweep:
             tune.with_parameters(TrialActor, job=job),
             tune.PlacementGroupFactory([{_HEAD: _SHARE}]),  # no core: those are for the steps
         )
-        with _scratch(self.record.folder) as scratch, _quiet(), _interruptible(self.monitor):
+        with (
+            contextlib.closing(self.monitor),
+            _scratch(self.record.folder) as scratch,
+            _quiet(),
+            _interruptible(self.monitor),
+        ):
             tune.Tuner(
                 actor,
                 tune_config=tune.TuneConfig(
@@ -210,7 +220,6 @@ class _Sweep:
                     progress_reporter=tune.CLIReporter(),
                 ),
             ).fit()
-        self.monitor.close()
 
     def _job(self) -> Any:
         from goldcrest.cluster.sweep_trial import Goal, Job, Watch

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -307,6 +308,32 @@ def test_what_no_node_can_run_is_refused_before_any_trial(ray_cluster: None, lab
             profile=profile,
         )
     assert not lab.executed()
+
+
+def test_a_fault_of_tune_is_the_end_of_the_sweep_too(
+    ray_cluster: None, lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tune breaks down once a trial has begun: record, report and listeners hear of the end."""
+    from ray import tune
+
+    def begin_and_break(tuner: Any) -> None:
+        (monitor,) = tuner._local_tuner.get_run_config().callbacks
+        trial = SimpleNamespace(config={"number": 0, "values": {"learn.rate": 0.3}})
+        monitor.on_trial_start(0, [trial], trial)
+        raise RuntimeError("no trial runner")
+
+    monkeypatch.setattr(tune.Tuner, "fit", begin_and_break)
+    with pytest.raises(RuntimeError, match="no trial runner"):
+        lab.sweep(GRID, search="grid", name="broken")
+    folder = lab.store.run_folder("broken")
+    result = json.loads((folder / "result.json").read_text())
+    assert result["status"] == "failed"
+    assert "RuntimeError: no trial runner" in result["error"]["message"]
+    assert [trial["state"] for trial in result["trials"]] == ["interrupted"]
+    assert "no trial runner" in (folder / "report.html").read_text()
+    assert isinstance(lab.events[-1], RunFinished)
+    assert lab.events[-1].result.status == "failed"
+    assert not list(folder.glob("tune-*"))
 
 
 @pytest.mark.slow
