@@ -14,14 +14,23 @@ import json
 import random
 import sys
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from goldcrest.cluster.api import Artifact, Config, Output, TrainingConfig, task
+from goldcrest.cluster.api import (
+    Artifact,
+    Config,
+    DoesNotChangeResult,
+    Output,
+    TrainingConfig,
+    task,
+)
 from goldcrest.cluster.profile import Profile
 from goldcrest.cluster.run import run
 from goldcrest.cluster.store import Store
+from tests.chaos.traces import left_over
 from tests.cluster.engine_steps import NumberConfig, number, total
 from tests.cluster.training_toys import NoNoise
 
@@ -30,16 +39,29 @@ MEMORY = {"object_store_memory": 100 << 20}
 POOL = {"num_cpus": 1, "labels": {"pool": "spot"}, **MEMORY}
 
 
-class LearnConfig(Config):
-    """A training that a lost node interrupts."""
+EPOCHS, STEPS = 12, 4  # of the training; 48 examples in batches of 12
 
+
+class LearnConfig(Config):
+    """A training that a lost node interrupts; `log` is a file for the steps that it really took."""
+
+    log: Annotated[str, DoesNotChangeResult] = ""
     training: TrainingConfig = TrainingConfig(
-        epochs=12, batch_size=12, learning_rate=0.01, max_failures=0, max_preemptions=-1
+        epochs=EPOCHS, batch_size=12, learning_rate=0.01, max_failures=0, max_preemptions=-1
     )
 
 
 class Slow(NoNoise):
-    """Takes its time over every step, so that a kill falls into it."""
+    """Takes its time over every step, so that a kill falls into it; logs the epoch of each."""
+
+    def __init__(self, log: str) -> None:
+        self.log = Path(log)
+
+    def losses(self, model: Any, batch: Any, *, epoch: int) -> Any:
+        """The toy's."""
+        with self.log.open("a", encoding="utf-8") as stream:
+            stream.write(f"{epoch}\n")
+        return super().losses(model, batch, epoch=epoch)
 
     def after_step(self, model: Any, whole: Any) -> None:
         """Wait."""
@@ -49,15 +71,16 @@ class Slow(NoNoise):
 @task(cpus=0)
 def learn(cfg: LearnConfig, first: Artifact, out: Output) -> None:
     """Train, and keep the weights."""
-    trained = out.runtime.train(Slow(), cfg.training, out)
+    trained = out.runtime.train(Slow(cfg.log), cfg.training, out)
     out.tensors("weights", trained.model_state)
     out.json("history", trained.history)
 
 
 class LostConfig(Config):
-    """How often a training may fail."""
+    """How often a training may fail, and where it logs its steps."""
 
     max_failures: int = 3
+    log: Annotated[str, DoesNotChangeResult] = ""
 
 
 class Lost:
@@ -71,7 +94,7 @@ class Lost:
         one = number.bind(NumberConfig(value=1, seconds=2.0), name="one")
         two = number.bind(NumberConfig(value=2, seconds=3.0), name="two")
         training = LearnConfig().training.model_copy(update={"max_failures": cfg.max_failures})
-        learned = learn.bind(LearnConfig(training=training), one, name="learn")
+        learned = learn.bind(LearnConfig(training=training, log=cfg.log), one, name="learn")
         return [total.bind(NumberConfig(value=3), one, name="sum", further=two), learned]
 
 
@@ -80,11 +103,10 @@ def contents(store: Store) -> dict[str, Any]:
     return {str(entry["step"]): entry["files"] for entry in store.entries()}
 
 
-def left_over(root: Path) -> list[str]:
-    """What should not be there once a run has ended and gc has passed."""
-    places = [path for name in ("tmp", "scratch") for path in (root / name).glob("*")]
-    held = [path for path in (root / "leases").rglob("*") if path.is_file()]
-    return [str(path.relative_to(root)) for path in [*places, *held]]
+def steps_by_epoch(log: Path) -> list[int]:
+    """How many steps of each epoch the training took, those that were lost too."""
+    taken = Counter(int(line) for line in log.read_text(encoding="utf-8").split())
+    return [taken[epoch] for epoch in range(EPOCHS)]
 
 
 def cpus_back(seconds: float) -> float | None:
@@ -155,10 +177,11 @@ def main() -> None:
     cluster.wait_for_nodes()
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     profile = Profile.model_validate({"steps": {"*": {"labels": {"pool": "spot"}}}})
-    config = LostConfig(max_failures=0 if how == "drain" else 3)
     wanted, longest = None, 0.0
     for seed in [None, *seeds]:
         store = Store.open(folder / f"store-{seed}")
+        log = folder / f"steps-{seed}.txt"
+        config = LostConfig(max_failures=0 if how == "drain" else 3, log=str(log))
         draw = random.Random(seed)
         moment = draw.uniform(0.0, longest)
         began = time.monotonic()
@@ -190,6 +213,7 @@ def main() -> None:
             "damaged": damaged,
             "left": left_over(store.root),
             "cpus_back": cpus_back(60.0),
+            "trained": steps_by_epoch(log),
         }
         print(json.dumps(facts), flush=True)
     ray.shutdown()

@@ -1,7 +1,8 @@
 """A node that is lost, with notice or without, costs time and nothing else.
 
 Expected of every run: it succeeds, its artifacts are the bytes of an undisturbed run, there is one
-manifest per key, nothing is left behind after gc, and all CPU cores are free again within 60 s. A
+manifest per key, nothing is left behind after gc, all CPU cores are free again within 60 s, and the
+training has repeated no more than the steps since its last checkpoint. A
 drained node does not touch the failure budget: that training may not fail once (`max_failures=0`).
 """
 
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.chaos.lost_nodes import EPOCHS, STEPS
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,6 +45,11 @@ def check(runs: list[dict[str, Any]], seeds: list[int]) -> None:
         assert facts["manifests"] == facts["steps"] == 4, facts
         assert facts["damaged"] == [] and facts["left"] == [], facts
         assert facts["cpus_back"] is not None, facts
+        # A checkpoint follows every epoch: what is lost, and trained again, is of one epoch.
+        again = [steps - STEPS for steps in facts["trained"]]
+        lost = 0 if facts["seed"] is None else STEPS
+        assert len(again) == EPOCHS and min(again) == 0 and sum(again) <= lost, facts
+        assert sum(steps > 0 for steps in again) <= 1, facts
 
 
 @pytest.mark.scenario("a node is killed at a random second of a run")
@@ -49,7 +57,7 @@ def check(runs: list[dict[str, Any]], seeds: list[int]) -> None:
     "seeds",
     [[1], pytest.param(list(range(2, 12)), marks=pytest.mark.timeout(2400))],
 )
-@pytest.mark.slow  # two minutes of two cores; a lost worker and a lost driver are in the short form
+@pytest.mark.slow  # two minutes of two cores; the short form loses workers and drivers instead
 def test_a_node_killed_at_a_random_second(
     tmp_path: Path, seeds: list[int], record_property: Any
 ) -> None:

@@ -1,0 +1,40 @@
+"""What a run leaves behind that it should not: files of a store, processes of a machine."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+MARK = "GOLDCREST_TEST_RUN"
+"""A variable that a test gives to a process; all that the process starts inherit it."""
+
+
+def left_over(root: Path) -> list[str]:
+    """Files of the store `root` that should not be there once a run has ended and gc has passed."""
+    places = [path for name in ("tmp", "scratch") for path in (root / name).glob("*")]
+    held = [path for path in (root / "leases").rglob("*") if path.is_file()]
+    return [str(path.relative_to(root)) for path in [*places, *held]]
+
+
+def alive(mark: str) -> dict[int, str]:
+    """Processes, by id, that were started with `MARK` = `mark` or by such a process."""
+    wanted, found = f"{MARK}={mark}".encode(), {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (folder / "environ").read_bytes().split(b"\0")
+            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ")
+            state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:  # ended meanwhile, or somebody else's
+            continue
+        if wanted in environment and state != "Z" and int(folder.name) != os.getpid():
+            found[int(folder.name)] = command.decode(errors="replace")[:200]
+    return found
+
+
+def alive_after(mark: str, seconds: float) -> dict[int, str]:
+    """`alive`, once there is none or `seconds` have passed."""
+    limit = time.monotonic() + seconds
+    while (found := alive(mark)) and time.monotonic() < limit:
+        time.sleep(0.2)
+    return found
