@@ -63,6 +63,56 @@ def test_a_stranger_is_refused_and_the_command_does_not_run(
     assert not [job for job in jobs.all() if "-token" in job.command and "right" not in job.command]
 
 
+OWN_RAY = """
+import json, sys
+from goldcrest.cluster.profile import Profile
+from goldcrest.cluster.ray_session import attach, leave
+ray = {"num_cpus": 1, "object_store_memory": "100MB", "dashboard": True}
+mode = attach(Profile.model_validate({"ray": ray}))
+from ray._private.worker import get_dashboard_url
+print(json.dumps([mode, get_dashboard_url()]), flush=True)
+sys.stdin.read()
+leave(mode)
+"""
+
+
+@pytest.mark.slow  # a Ray of its own
+@pytest.mark.scenario("a job is submitted to a Ray that a run started, without its token")
+def test_a_ray_that_a_run_started_refuses_strangers(tmp_path: Path, record_property: Any) -> None:
+    """A user who never heard of tokens: no variable is set, and the home is new."""
+    record_property("tried", 2)
+    unset = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS")
+    kept = {name: value for name, value in os.environ.items() if name not in unset}
+    home, marks = tmp_path / "home", tmp_path / "marks"
+    home.mkdir()
+    marks.mkdir()
+    with subprocess.Popen(
+        [PYTHON, "-c", OWN_RAY],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env=kept | {"HOME": str(home)},
+    ) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line, process.communicate()[1][-3000:]
+        mode, dashboard = json.loads(line)
+        assert mode == "started"
+        url = f"http://{dashboard}"
+        assert submission(url, marks / "no-token", None) == 401
+        assert submission(url, marks / "wrong-token", "0" * 64) == 403
+        token = (home / ".ray" / "auth_token").read_text(encoding="utf-8").strip()
+        assert submission(url, marks / "right-token", token) == 200
+        limit = time.monotonic() + 60
+        while not (marks / "right-token").exists():  # by then the others would have run too
+            assert time.monotonic() < limit
+            time.sleep(0.2)
+        process.communicate(timeout=60)
+    assert [path.name for path in marks.iterdir()] == ["right-token"]
+
+
 def test_a_client_without_a_token_gets_a_sentence(job_cluster: DashboardCluster) -> None:
     program = (
         "import sys\nfrom goldcrest.cluster.errors import GoldcrestError\n"
