@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -69,10 +69,10 @@ def test_a_swap_that_fails_goes_back_and_says_what_is_true(
     monkeypatch.setattr(serve_foreground, "serving", lambda *_, **__: nullcontext(replicas))
     monkeypatch.setattr(serve_foreground, "check_room", lambda *_, **__: None)
     monkeypatch.setattr(serve_foreground, "_signals", lambda: nullcontext(signals))
-    contents = iter(("old", "new"))
+    contents, unused = iter(("old", "new")), cast("Any", None)
     kind = dataclasses.replace(
         SERVED,
-        application=lambda _: None,
+        application=lambda _: unused,
         members=lambda _: [],
         identity=lambda _: f"{next(contents)}@{bundle}",
     )
