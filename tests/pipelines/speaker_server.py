@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,11 +141,13 @@ class Server:
         """Process ids of a deployment's replicas."""
         import psutil
 
-        return [
-            child.pid
-            for child in psutil.Process(self.process.pid).children(recursive=True)
-            if f"ServeReplica:goldcrest:{deployment}" in " ".join(child.cmdline() or [child.name()])
-        ]
+        found = []
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            with suppress(psutil.Error):  # it has just ended
+                told = " ".join(child.cmdline() or [child.name()])
+                if f"ServeReplica:goldcrest:{deployment}" in told:
+                    found.append(child.pid)
+        return found
 
     def stop(self, seconds: float = 60.0) -> int:
         """SIGTERM, as a supervisor does; the exit code."""
