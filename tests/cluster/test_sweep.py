@@ -222,6 +222,7 @@ def test_a_metric_that_is_not_there_ends_the_sweep_at_its_first_trial(
     assert {trial.state for trial in result.trials[1:]} <= {"interrupted"}
 
 
+@pytest.mark.slow
 def test_asha_stops_the_worse_whose_steps_end(ray_cluster: None, lab: Lab) -> None:
     """Depths in rising order of error; after the first two only a better one may go on."""
     space = {"learn.depth": {"grid": [2, 3, 4, 5, 6]}}
@@ -257,6 +258,39 @@ def test_asha_stops_the_worse_whose_steps_end(ray_cluster: None, lab: Lab) -> No
     assert [trial.scores for trial in again.trials] == [trial.scores for trial in result.trials]
     assert again.executions["ran"] == 0
     assert lab.executed()["learn"] == 5
+
+
+@pytest.mark.slow
+def test_asha_stops_trials_by_the_history_of_the_engine(ray_cluster: None, lab: Lab) -> None:
+    """The first rate learns; of the others the losses stay where they began."""
+    from tests.cluster import sweep_training
+
+    result = sweep(
+        sweep_training,
+        {"learn": {"seconds": 1.0}},
+        Space.parse({"learn.training.learning_rate": {"grid": [0.05, 1e-8, 1e-9]}}),
+        SweepOptions(
+            metric="training.loss",
+            search="grid",
+            scheduler="asha",
+            grace=2,
+            reduction=2,
+            parallel=1,
+        ),
+        store=lab.store,
+    )
+    assert [trial.state for trial in result.trials] == ["succeeded", "stopped", "stopped"]
+    best, *stopped = result.trials
+    told = best.metrics["training"]
+    assert best.rows == 20
+    assert [-best.scores[0][1], -best.scores[-1][1]] == [told["first"], told["loss"]]
+    assert told["loss"] < told["first"] / 2
+    for trial in stopped:
+        assert 2 <= trial.rows < 20
+        losses = [-score for _, score in trial.scores]
+        assert max(losses) - min(losses) < 0.01 < min(losses) - told["loss"]
+    assert not lab.leases()
+    assert free_cores() == 2
 
 
 def test_ctrl_c_ends_the_trials_in_good_order(ray_cluster: None, lab: Lab) -> None:

@@ -22,10 +22,6 @@ from tests.end_to_end.command_line import SmallRun
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-SWEEP = ROOT / "notebooks" / "2_sweep.ipynb"
-SLOW = {
-    SWEEP
-}  # a sweep on a real Ray is in the fast suite already: tests/pipelines/test_cli_sweep.py
 END_SECONDS = 30.0  # for Ray's processes to go, after the kernel that started them
 
 
@@ -59,32 +55,8 @@ def test_a_notebook_keeps_no_outputs(path: Path) -> None:
         assert cell.get("execution_count") is None
 
 
-def test_the_sweep_of_the_notebook_may_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The notebook up to its trials: what it asks for is checked as the sweep would check it."""
-    from goldcrest.cluster.sweep_plan import plan_sweep
-
-    monkeypatch.setenv("GOLDCREST_STORE", str(tmp_path / "store"))
-    monkeypatch.chdir(SWEEP.parent)
-    cells = [cell.source for cell in read(SWEEP).cells if cell.cell_type == "code"]
-    trials = next(place for place, source in enumerate(cells) if " = sweep(" in source)
-    names: dict[str, Any] = {}
-    exec("\n".join(cells[:trials]), names)
-    asked = (names[name] for name in ("speaker", "tree", "space", "options"))
-    plan = plan_sweep(*asked, profile=names["profile"])
-    assert plan.touched == ["cluster-tried"]  # the notebook says: a trial is one step
-    assert len(plan.points) == 6
-
-
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    "path",
-    [
-        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path in SLOW else [])
-        for path in NOTEBOOKS
-    ],
-)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path: Path, small_run: SmallRun, monkeypatch: pytest.MonkeyPatch) -> None:
     execute(path, small_run.folder / "store", monkeypatch)
 

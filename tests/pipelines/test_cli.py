@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,9 +88,17 @@ def cold(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Com
 
 @pytest.fixture
 def garden(cold: tuple[Path, Any], tmp_path: Path) -> Path:
-    """A copy of that store, as text for `--store`."""
-    shutil.copytree(cold[0] / ".goldcrest" / "store", tmp_path / "store", symlinks=True)
-    return tmp_path / "store"
+    """A copy of that store, as text for `--store`, taken while MLflow's database is at rest."""
+    source, copy = cold[0] / ".goldcrest" / "store", tmp_path / "store"
+    limit = time.monotonic() + 60
+    while True:
+        try:
+            shutil.copytree(source, copy, symlinks=True)
+            return copy
+        except shutil.Error:  # a journal came or went
+            assert time.monotonic() < limit
+            shutil.rmtree(copy)
+            time.sleep(0.5)
 
 
 def test_files_of_a_config_are_those_of_the_folder_where_it_is_typed(
