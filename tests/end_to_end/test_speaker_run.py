@@ -87,6 +87,7 @@ def test_the_plan_says_what_a_change_would_run_and_why(first: SmallRun) -> None:
     assert "0.8" in lines["sparse"]
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_is_found_and_the_step_made_again(first: SmallRun) -> None:
     folder = first.folder
     goldcrest("artifacts", "verify", "--store", "store", cwd=folder)

@@ -84,6 +84,7 @@ def test_a_space_that_is_not_there_is_named(
     assert "did you mean 'speaker-margin'?" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_sweep_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     space = write(tmp_path, "grow.water: {grid: [0.5, 2.0, 1.0]}\n")
     environment: dict[str, Any] = {
