@@ -134,7 +134,5 @@ def test_what_the_methods_lose_on_the_same_grid() -> None:
         print(f"\n{bits} bits g{group}: {shown} millinats; {stored / plain:.4f} of float32", end="")
         if (bits, group) == (4, 128):
             assert stored <= 0.16 * plain
-        for method in ("gptq", "autoround"):
+        for method in ("gptq", "awq", "autoround"):
             assert losses[method] < losses["rtn"]
-        # A model of a few hundred steps has no outlier channels that AWQ could spare.
-        assert losses["awq"] < 1.01 * losses["rtn"]
