@@ -41,6 +41,7 @@ from goldcrest.cluster.profile import (
     running_nodes,
 )
 from goldcrest.cluster.ray_session import attach, leave
+from goldcrest.cluster.reservations import release_orphans
 from goldcrest.cluster.run_record import (
     EventFile,
     Notifier,
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from goldcrest.cluster.worker import Outcome
 
 _POLL = 0.1  # seconds between two looks at progress files and timeouts
+_BETWEEN_RELEASES = 3.0  # seconds between two looks for reserved cores whose owner has died
 _CANCEL_GRACE = 5.0  # seconds that cancelled steps get to end
 
 
@@ -236,6 +238,7 @@ class _Driver:
         """Follow the steps until all are settled."""
         import ray
 
+        released = time.monotonic()
         while self._references:
             if self.stop():
                 raise KeyboardInterrupt
@@ -247,6 +250,17 @@ class _Driver:
                 if self._references.get(name) in ready:
                     self._settle(name)
             self._stop_late_steps()
+            if time.monotonic() - released > _BETWEEN_RELEASES:
+                self._release_cores()
+                released = time.monotonic()
+        self._release_cores()
+
+    def _release_cores(self) -> None:
+        """Give back what a dead training had reserved; if Ray is not to be asked, another time."""
+        import ray
+
+        with contextlib.suppress(ray.exceptions.RayError):
+            release_orphans()
 
     def _read_progress(self, name: str) -> None:
         planned = self._planned[name]
@@ -377,6 +391,7 @@ class _Driver:
             num_returns=len(self._references),
             timeout=_CANCEL_GRACE,
         )
+        self._release_cores()
 
     def _in_order(self) -> list[Artifact]:
         """The artifacts in the order of the plan: of two bundles of one name the last counts."""

@@ -187,7 +187,7 @@ def _note_missing_resources(config: TrainingConfig, reporter: CallbackReporter) 
 def _trainer_class() -> type[TorchTrainer]:
     """TorchTrainer without the actor that removes placement groups of a controller that died: it
     asks the dashboard's state API, which a run without a dashboard does not have, and then says so
-    every second. The groups end with the run's own processes anyway."""
+    every second. The driver of a run does its work (`reservations.py`)."""
     from ray.train.torch import TorchTrainer
 
     class QuietTorchTrainer(TorchTrainer):
