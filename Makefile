@@ -5,6 +5,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Tests that start no Ray and no server go two at a time; the others need both cores.
+PAIRED := tests/kernels tests/tasks tests/test_import_names.py tests/pipelines/test_shipped_configs.py \
+	$(patsubst %,tests/cluster/test_%.py,keys lease serving store store_damage store_gc training training_checkpoints)
 FAST := $(BIN)/python -m pytest --hypothesis-profile=fixed -m "not slow"
 # The embedded demo and the tests never talk to a hub, nor to anybody's telemetry.
 export HF_HUB_OFFLINE := 1
@@ -32,8 +35,8 @@ check: $(STAMP) ## format, lint, types, import floors
 	$(BIN)/lint-imports
 
 test: check ## all checks and tests (fast forms)
-	$(FAST) -n 2 --dist loadfile tests/kernels tests/tasks
-	$(FAST) --ignore=tests/kernels --ignore=tests/tasks
+	$(FAST) -n 2 --dist loadfile $(PAIRED)
+	$(FAST) $(addprefix --ignore=,$(PAIRED))
 
 test-all: check ## everything, long forms too
 	$(BIN)/python -m pytest

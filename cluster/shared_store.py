@@ -103,17 +103,18 @@ def look(node: str, uri: str, folder: Path, name: str, nonce: str) -> View:
 def prove_shared(store: Store, folder: Path) -> list[str]:
     """Make sure that every node sees `store`; the nodes that do not see the run's `folder`.
 
-    Raises InputError that names the nodes that don't see the store, and why.
+    A node that is lost meanwhile is no node of the run and has no say. Raises InputError that names
+    the nodes that don't see the store, and why.
     """
-    import ray
-
-    names = {n["NodeID"]: n["NodeManagerHostname"] for n in ray.nodes() if n["Alive"]}
+    names = _living_nodes()
     if len(names) < 2:
         return []
     name, nonce = f"seen-{secrets.token_hex(8)}", secrets.token_hex(16)
     wall = _Wall(folder, _bucket(store.uri), name)
     with _notes(wall, folder, name, nonce, list(names)):
         views = _ask_all(list(names), store.uri, folder, name, nonce)
+        living = _living_nodes()
+        views = [view for view in views if view.node in living]
         problems = {
             view.node: view.problem
             or ("" if wall.wait(view.node, nonce) else "what it writes there is not seen here")
@@ -122,11 +123,18 @@ def prove_shared(store: Store, folder: Path) -> list[str]:
     blind = [f"{names[node]}: {problem}" for node, problem in problems.items() if problem]
     if blind:
         raise InputError(
-            f"{len(blind)} of {len(names)} nodes do not see the store {mask_text(store.uri)} "
+            f"{len(blind)} of {len(views)} nodes do not see the store {mask_text(store.uri)} "
             f"({'; '.join(blind)})",
             hint="mount the same folder on every node, or give the URI of a bucket with --store",
         )
     return [names[view.node] for view in views if not view.sees_run]
+
+
+def _living_nodes() -> dict[str, str]:
+    """Id -> host name of the nodes that are there now."""
+    import ray
+
+    return {n["NodeID"]: n["NodeManagerHostname"] for n in ray.nodes() if n["Alive"]}
 
 
 @contextlib.contextmanager

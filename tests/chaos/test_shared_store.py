@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from goldcrest.cluster.shared_store import look, prove_shared
+from goldcrest.cluster.errors import InputError
+from goldcrest.cluster.shared_store import View, look, prove_shared
 from goldcrest.cluster.store import Store
 
 ROOT = Path(__file__).parents[2]
@@ -123,6 +124,30 @@ def test_what_a_node_says(
     stale = look("n2", store.uri, folder, "seen-1", "of another run")
     assert "it lacks" in stale.problem
     assert "it has no folder" in look("n3", store.uri, tmp_path / "no", "seen-1", "abc").problem
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_only_a_node_that_is_still_there_can_stop_a_run(
+    store_folder: Path, monkeypatch: pytest.MonkeyPatch, lost: bool
+) -> None:
+    """A node that is killed while a run starts is lost like any other: no reason to refuse it."""
+    both = {"n1": "one", "n2": "two"}
+    seen = iter([both, {"n1": "one"} if lost else both])
+
+    def answers(nodes: list[str], uri: str, folder: Path, name: str, nonce: str) -> list[View]:
+        gone = View(node="n2", problem="the node doesn't exist any more", sees_run=True)
+        return [look("n1", uri, folder, name, nonce), gone]
+
+    monkeypatch.setattr("goldcrest.cluster.shared_store._living_nodes", lambda: next(seen))
+    monkeypatch.setattr("goldcrest.cluster.shared_store._ask_all", answers)
+    store = Store.open(store_folder)
+    folder = store.run_folder("one")
+    if lost:
+        assert prove_shared(store, folder) == []
+    else:
+        with pytest.raises(InputError, match=r"1 of 2 nodes do not see.*two: the node doesn't"):
+            prove_shared(store, folder)
+    assert list(store_folder.rglob(".seen*")) == []
 
 
 def test_a_bucket_is_seen_and_one_that_refuses_is_a_problem(s3_uri: str, tmp_path: Path) -> None:
