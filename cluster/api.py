@@ -25,7 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, get_type_hints, runtime_checkable
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic.fields import FieldInfo
 
 from goldcrest.cluster.artifact import Artifact, Output, ShardWriter
 from goldcrest.cluster.errors import GoldcrestError, InputError, StepError
@@ -68,6 +69,35 @@ class Config(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, protected_namespaces=()
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_groups(cls, data: Any) -> Any:
+        """A group that is given in part keeps the rest of the default that stands in its place.
+
+        Without this `-o pretrain.training.epochs=3` would quietly replace the batch size and the
+        learning rate that the pipeline has chosen by those of any `TrainingConfig`.
+        """
+        return _over(cls.model_fields, {}, data) if isinstance(data, Mapping) else data
+
+
+def _over(
+    fields: Mapping[str, FieldInfo], standing: Mapping[str, Any], given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """`given` values, where needed over those that are `standing` there or are a field's default.
+
+    Where a field takes one of several classes of groups, the given one stands alone.
+    """
+    made = {**standing, **given}
+    for name in fields.keys() & given.keys():
+        default, value = standing.get(name, fields[name].default), given[name]
+        kind = type(default)
+        if not isinstance(default, BaseModel) or not isinstance(value, Mapping):
+            continue
+        if fields[name].annotation in (kind, kind | None):
+            chosen = {each: getattr(default, each) for each in default.model_fields_set}
+            made[name] = _over(kind.model_fields, chosen, value)
+    return made
 
 
 @dataclass(frozen=True, kw_only=True)

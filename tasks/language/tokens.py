@@ -78,7 +78,7 @@ class TokensConfig(Config):
     pack: Literal["plain_text", "everything"] = Field(
         "plain_text",
         description="what shares rows: text without a prompt, or prompts with their answers too, "
-        "as text to learn a language from (masked models: always everything)",
+        "as text to learn a language from (masked models: always everything; seq2seq: never)",
     )
     overlong: Literal["drop", "truncate"] = Field(
         "drop",
@@ -227,7 +227,8 @@ class _RowMaker:
                 "plain text can't train an encoder-decoder: it has no prompts",
                 hint="give templates for prompt and answer, or choose the causal family",
             )
-        if plain or self.cfg.pack == "everything" or self.cfg.family == "masked":
+        everything = self.cfg.pack == "everything" and self.cfg.family != "seq2seq"
+        if plain or everything or self.cfg.family == "masked":
             for packed in self._packer.add(prompt.then(answer), number):
                 self._write(packed.row, packed.example, packed.characters, packed.bytes)
         else:

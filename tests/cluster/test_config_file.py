@@ -20,6 +20,7 @@ from goldcrest.cluster.config_file import (
     to_yaml,
 )
 from goldcrest.cluster.errors import InputError
+from goldcrest.cluster.training_config import TrainingConfig
 
 
 class Method(Config):
@@ -48,10 +49,53 @@ class Whole(Config):
         return value
 
 
+class Chosen(Config):
+    """A pipeline that has chosen other values for its groups than their classes have."""
+
+    clustering: Method = Method(method="ahc", mu=2.0)
+    whole: Whole = Whole(clustering=Method(mu=7.0), seed=3)
+    training: TrainingConfig | None = TrainingConfig(epochs=80, batch_size=200)
+    either: Method | Whole = Method(mu=9.0)
+
+
 def write(tmp_path: Path, text: str) -> Path:
     path = tmp_path / "config.yaml"
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def test_a_group_that_is_given_in_part_keeps_the_pipeline_s_other_choices(tmp_path: Path) -> None:
+    text = "clustering: {mu: 5}\nwhole: {clustering: {method: cpc}, sizes: [4]}"
+    found = load_config(Chosen, file=write(tmp_path, text), overrides=["training.epochs=3"])
+    assert found.clustering == Method(method="ahc", mu=5.0)
+    assert found.whole == Whole(clustering=Method(method="cpc", mu=7.0), seed=3, sizes=(4,))
+    assert found.training == TrainingConfig(epochs=3, batch_size=200)
+    # A value that was given stands, also where it is that of the class; so does a group's absence.
+    again = load_config(Chosen, overrides=["clustering.method=cimc", "training=null"])
+    assert again.clustering == Method(method="cimc", mu=2.0)
+    assert again.training is None
+    # Of several classes the given values choose one: another's default has no part in it.
+    assert load_config(Chosen, overrides=["either.seed=1"]).either == Whole(seed=1)
+    assert load_config(Chosen, overrides=["either.method=x"]).either == Method(method="x")
+
+
+def test_what_is_wrong_in_such_a_group_is_named() -> None:
+    with pytest.raises(InputError, match=r"no field 'whole\.clustering\.muu'"):
+        load_config(Chosen, overrides=["whole.clustering.muu=5"])
+    with pytest.raises(InputError, match=r"field 'whole\.clustering\.mu' .*-1"):
+        load_config(Chosen, overrides=["whole.clustering.mu=-1"])
+
+
+@given(st.sets(st.sampled_from(["epochs", "batch_size", "learning_rate", "schedule"])))
+def test_what_is_shown_of_a_config_gives_the_same_config(changed: set[str]) -> None:
+    values = {"epochs": 5, "batch_size": 7, "learning_rate": 0.5, "schedule": "cosine"}
+    group = {name: values[name] for name in sorted(changed)}
+    config = Chosen.model_validate({"training": group})
+    standing = {"epochs": 80, "batch_size": 200}
+    assert config.training == TrainingConfig(**(standing | group))  # type: ignore[arg-type]
+    assert Chosen.model_validate(config.model_dump()) == config
+    text = to_yaml(config.model_dump(mode="json"))
+    assert Chosen.model_validate(parse_yaml(text, where="here")) == config
 
 
 # Expected values: the core schema of YAML 1.2 (section 10.3.2 of its specification), in which

@@ -34,6 +34,15 @@ def test_language_configs_load_and_build(path: Path) -> None:
     assert len(language.build(cfg)) == 1 + len(levels) + len(quantized)
 
 
+def test_one_change_to_a_training_leaves_the_rest_of_it() -> None:
+    changed = load_config(speaker.Config, overrides=["pretrain.training.epochs=3"])
+    standing = speaker.Config().pretrain.training
+    assert changed.pretrain.training == standing.model_copy(update={"epochs": 3})
+    assert (standing.batch_size, standing.optimizer) == (200, "adam")
+    rows = load_config(language.Config, overrides=["pretrain_tokens.length=64"]).pretrain_tokens
+    assert (rows.length, rows.pack) == (64, "everything")
+
+
 def test_a_model_of_ones_own_takes_the_place_of_the_configs() -> None:
     """As the README has it; the tokenizer has to come along."""
     file = CONFIGS / "language" / "compress.yaml"

@@ -169,6 +169,21 @@ def test_everything_can_be_packed_for_pretraining(
     assert all(len(reader(made)[n].prompt) == 0 for n in range(facts["rows"]))
 
 
+def test_pairs_of_an_encoder_decoder_are_never_packed(
+    run_task: RunTask, pair_corpus: Artifact, by_bytes: Artifact
+) -> None:
+    """A pipeline's rows for pretraining are packed unless told otherwise; these have two sides."""
+    pairs = TokensConfig(family="seq2seq", length=200)
+    wanted = run_task(tokens, pairs, pair_corpus, by_bytes)
+    packed = pairs.model_copy(update={"pack": "everything"})
+    made = run_task(tokens, packed, pair_corpus, by_bytes)
+    assert made.json("facts")["splits"] == wanted.json("facts")["splits"]
+    for number in range(wanted.json("facts")["splits"]["train"]["rows"]):
+        one, other = reader(made)[number], reader(wanted)[number]
+        assert one.prompt.tolist() == other.prompt.tolist() != []
+        assert one.answer.tolist() == other.answer.tolist()
+
+
 def test_what_is_too_long_is_left_out_or_cut_and_counted(
     run_task: RunTask, pair_corpus: Artifact, by_bytes: Artifact
 ) -> None:
