@@ -102,7 +102,7 @@ def main() -> None:
     """Write the CSV, and the table between the two marks of the README."""
     rows = collect(Path(sys.argv[1]))
     with (ROOT / "docs" / "figures.csv").open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, COLUMNS)
+        writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     lines = [f"| {r['name']} | {r['value']} {r['unit']}".rstrip() + " |" for r in rows]
