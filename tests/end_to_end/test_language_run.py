@@ -23,11 +23,13 @@ pretrain:
     architecture: llama
     settings: {hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2,
                num_attention_heads: 2, num_key_value_heads: 2, max_position_embeddings: 160}
-  training: {epochs: 2, batch_size: 8, learning_rate: 0.005}
+  training: {epochs: 2, batch_size: 8, learning_rate: 0.005, schedule: constant, warmup_steps: 0}
 finetune: null
 sparse:
   levels: [0.75]
-  recipe: {calibration_rows: 32, training: {epochs: 1, batch_size: 8, learning_rate: 0.002}}
+  recipe:
+    calibration_rows: 32
+    training: {epochs: 1, batch_size: 8, learning_rate: 0.002, schedule: constant, warmup_steps: 0}
 int8: {calibration: 32}
 int8_of: sparse_75
 int4: {methods: {rtn: {}}, group_sizes: [32], evaluation: 16, calibration: 16}

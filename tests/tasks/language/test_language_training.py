@@ -27,7 +27,14 @@ from goldcrest.tasks.language.sparse_finetune import (
 )
 from tests.tasks.language import language_toys as toys
 
-FAST: dict[str, Any] = {"epochs": 2, "batch_size": 12, "learning_rate": 1e-2, "weight_decay": 0.01}
+FAST: dict[str, Any] = {
+    "epochs": 2,
+    "batch_size": 12,
+    "learning_rate": 1e-2,
+    "schedule": "constant",
+    "warmup_steps": 0,
+    "weight_decay": 0.01,
+}
 FAMILIES = sorted(toys.MODELS)
 
 

@@ -49,7 +49,13 @@ LEARN: dict[str, Any] = {
     "warmup_steps": 10,
     "clip_norm": 1.0,
 }
-BRIEF: dict[str, Any] = {"epochs": 2, "batch_size": 16, "learning_rate": 1e-3}
+BRIEF: dict[str, Any] = {
+    "epochs": 2,
+    "batch_size": 16,
+    "learning_rate": 1e-3,
+    "schedule": "constant",
+    "warmup_steps": 0,
+}
 GREEDY = GenerationSettings(max_new_tokens=8)
 
 
