@@ -32,8 +32,8 @@ def release_orphans() -> int:
         removed = row.state == PlacementGroupTableData.REMOVED
         if removed or row.is_detached or row.creator_job_id.hex() != job:
             continue
-        maker = ray.ActorID(row.creator_actor_id)
-        if not maker.is_nil() and state.actor_table(maker.hex()).get("State") == "DEAD":
+        maker = state.actor_table(ray.ActorID(row.creator_actor_id).hex())  # {} where none made it
+        if maker.get("State") == "DEAD":
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(row.placement_group_id)))
             released += 1
     return released
