@@ -15,7 +15,7 @@ class LearnConfig(Config):
     """How the toy is trained."""
 
     seconds: float = Field(0.0, ge=0, description="how long an epoch takes")
-    training: TrainingConfig = TrainingConfig()
+    training: TrainingConfig = TrainingConfig(epochs=20, batch_size=12)
 
 
 class Config(Config):  # type: ignore[no-redef]
