@@ -5,7 +5,7 @@
 prints the figures; the assertions are the claims: weights in groups of 128 take at most 0.16 of
 float32, a token's product with a matrix that no cache holds is not slower than float32's, and GPTQ,
 AWQ and AutoRound lose less than RTN on the same grid: in the mean loss of three models, and in the
-divergence from the float model of each.
+divergence from the float model of each; GPTQ and AutoRound in the loss of each, too.
 """
 
 from __future__ import annotations
@@ -159,5 +159,7 @@ def test_what_the_methods_lose_on_the_same_grid() -> None:
             print(f"  {method:10s} {means[method]:+.2f}   models {each}")
         for method in ("gptq", "awq", "autoround"):
             assert means[method] < means["rtn"]
-            for (_, kl), (_, of_rtn) in zip(losses[method], losses["rtn"], strict=True):
-                assert kl < of_rtn
+            for (loss, kl), rtn in zip(losses[method], losses["rtn"], strict=True):
+                # AWQ's loss ties with RTN's on one of the models, whose divergence it lowers by 42 %.
+                assert loss < (1.01 if method == "awq" else 1.0) * rtn[0]
+                assert kl < rtn[1]
