@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Tests that start no Ray and no server go two at a time; the others need both cores.
+# Tests that start no Ray of their own go two at a time; the others need both cores.
 PAIRED := tests/kernels tests/tasks tests/test_import_names.py tests/pipelines/test_shipped_configs.py \
 	$(patsubst %,tests/cluster/test_%.py,keys lease serving store store_damage store_gc training training_checkpoints)
 FAST := $(BIN)/python -m pytest --hypothesis-profile=fixed -m "not slow"
