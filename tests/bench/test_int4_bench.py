@@ -160,6 +160,6 @@ def test_what_the_methods_lose_on_the_same_grid() -> None:
         for method in ("gptq", "awq", "autoround"):
             assert means[method] < means["rtn"]
             for (loss, kl), rtn in zip(losses[method], losses["rtn"], strict=True):
-                # AWQ's loss ties with RTN's on one of the models, whose divergence it lowers by 42 %.
+                # AWQ's loss ties with RTN's on a model whose divergence it lowers by 42 %.
                 assert loss < (1.01 if method == "awq" else 1.0) * rtn[0]
                 assert kl < rtn[1]
