@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from ray.tune import Callback, Stopper
@@ -57,13 +58,8 @@ class Monitor(Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """A trial begins, or begins again after its actor was lost."""
-        number, values = _point(trial)
-        new = TrialResult(number=number, config=values, run=self.job.run_id(number))
-        result = self.trials.setdefault(number, new)
-        self._started[number] = time.monotonic()
-        if "replay" not in trial.config:
-            self.record.note(result)
-        self._change(result, "running", reason=_words(values))
+        known = self._begin(trial)
+        self._change(known, "running", reason=_words(known.config))
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any
@@ -87,10 +83,14 @@ class Monitor(Callback):
             self._end(known, {"state": "stopped"})
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        """A trial's own process was lost again and again."""
+        """A trial's own process could not start, or was lost again and again."""
         known = self.trials.get(_point(trial)[0])
-        if known is not None and known.state == "running":
-            error = "its process was lost again and again"
+        if known is None:
+            error = f"its process could not start: {_reason(trial)}"
+            hint = "what the pipeline imports must be there on every node of the cluster"
+            self._end(self._begin(trial), {"state": "failed", "error": error, "hint": hint})
+        elif known.state == "running":
+            error = f"its process was lost again and again: {_reason(trial)}"
             self._end(known, {"state": "failed", "error": error, "hint": "look at the head node"})
 
     def close(self) -> None:
@@ -100,6 +100,15 @@ class Monitor(Callback):
                 self._end(known, {"state": "interrupted"})
 
     # ------------------------------------------------------------------- told to the listeners
+
+    def _begin(self, trial: Any) -> TrialResult:
+        number, values = _point(trial)
+        new = TrialResult(number=number, config=values, run=self.job.run_id(number))
+        known = self.trials.setdefault(number, new)
+        self._started[number] = time.monotonic()
+        if "replay" not in trial.config:
+            self.record.note(known)
+        return known
 
     def _progress(self, known: TrialResult) -> None:
         total = self._totals.get(known.number) or len(known.steps)
@@ -181,6 +190,14 @@ class Ending(Stopper):
 
 def _point(trial: Any) -> tuple[int, dict[str, Any]]:
     return int(trial.config["number"]), dict(trial.config["values"])
+
+
+def _reason(trial: Any) -> str:
+    """The last line of what Tune wrote down of a trial's error."""
+    file = trial.error_file
+    text = Path(file).read_text(encoding="utf-8", errors="replace") if file else ""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "no reason is known"
 
 
 def _name(known: TrialResult) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from tests.cluster import sweep_toys
 
 ROOT = Path(__file__).resolve().parents[2]
 METRIC = "verification.dense.eer"
-RATES = {"learn.rate": {"grid": [0.3, 0.4, 0.5, 0.6, 0.7, 0.8]}}
+RATES = {"learn.rate": {"grid": [0.3, 0.4, 0.5, 0.6]}}
 
 
 def lines(path: Path) -> list[dict[str, object]]:
@@ -32,26 +31,27 @@ def lines(path: Path) -> list[dict[str, object]]:
 
 
 @pytest.mark.scenario("the driver of a sweep is killed, and Tune's own state is damaged")
-@pytest.mark.slow
 def test_a_killed_sweep_goes_on_from_the_store(ray_cluster: None, tmp_path: Path) -> None:
+    import ray
+
     marks = tmp_path / "marks"
     marks.mkdir()
     (tmp_path / "space.yaml").write_text(json.dumps(RATES))
     tree = {
         "prefix": {"marks": str(marks)},
-        "learn": {"marks": str(marks), "epochs": 10, "seconds": 0.3},
+        "learn": {"marks": str(marks), "epochs": 5, "seconds": 0.3},
     }
     (tmp_path / "config.yaml").write_text(json.dumps(tree))
     said = (tmp_path / "said").open("w")
     driver = subprocess.Popen(
         [
             sys.executable, "-m", "goldcrest", "sweep", "tests.cluster.sweep_toys",
-            "--config", "config.yaml", "--space", "space.yaml", "--search", "grid",
-            "--metric", METRIC, "--parallel", "2", "--name", "killed", "--store", "store",
-            "--no-tracking",
+            "--config", tmp_path / "config.yaml", "--space", tmp_path / "space.yaml",
+            "--search", "grid", "--metric", METRIC, "--parallel", "2", "--name", "killed",
+            "--store", tmp_path / "store", "--no-tracking",
+            "--address", ray.get_runtime_context().gcs_address,
         ],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=said,
     )  # fmt: skip
@@ -59,13 +59,13 @@ def test_a_killed_sweep_goes_on_from_the_store(ray_cluster: None, tmp_path: Path
     record = tmp_path / "store" / "runs" / "killed"
     deadline = time.monotonic() + 240
     finished: list[object] = []
-    while len(finished) < 2 and driver.poll() is None and time.monotonic() < deadline:
+    while not finished and driver.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
         finished = [r["number"] for r in lines(record / "trials.jsonl") if r["metric"] is not None]
-    assert len(finished) >= 2, (tmp_path / "said").read_text()
+    assert finished, (tmp_path / "said").read_text()
     driver.send_signal(signal.SIGKILL)
     driver.wait()
-    assert len(finished) < 6
+    assert len(finished) < 4
     before = Counter(path.name.split("-")[0] for path in marks.iterdir())
     # Tune's own folder is damaged in every file; the torn last line of the record costs nothing.
     for path in record.glob("tune-*/**/*"):
@@ -89,8 +89,8 @@ def test_a_killed_sweep_goes_on_from_the_store(ray_cluster: None, tmp_path: Path
     again = Counter(path.name.split("-")[0] for path in marks.iterdir()) - before
     assert "prefix" not in again
     assert "second" not in again
-    # Two were running: the killed driver's Ray may start them once more while it dies.
-    assert again["learn"] <= 6 - len(finished) + 2
+    # Two were running: Ray may start them once more before it notices that the driver is dead.
+    assert again["learn"] <= 4 - len(finished) + 2
     for number in finished:
         states = result.trials[int(str(number))].steps
         assert set(states.values()) == {"cached"}

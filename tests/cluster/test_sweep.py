@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -386,3 +387,30 @@ def test_two_commands_of_one_sweep_do_the_work_once(ray_cluster: None, lab: Lab)
     assert len(results) == 2
     assert lab.executed() == {"prefix": 1, "second": 1, "learn": 2, "measure": 2}
     assert sorted(r.executions["ran"] for r in results) == [0, 6]
+
+
+def test_a_trial_that_can_not_start_says_why(
+    ray_cluster: None, lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pipeline's module is on the driver's path only."""
+    (tmp_path / "driver_s_own.py").write_text(
+        "from tests.cluster import sweep_toys\n"
+        "class Config(sweep_toys.Config): pass\n"
+        "build = sweep_toys.build\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr("goldcrest.cluster.sweep._LOST", 0)
+    result = sweep(
+        importlib.import_module("driver_s_own"),
+        {},
+        Space.parse({"learn.rate": {"grid": [0.3]}}),
+        SweepOptions(metric=METRIC, search="grid"),
+        store=lab.store,
+    )
+    (trial,) = result.trials
+    assert (result.status, trial.state) == ("failed", "failed")
+    assert result.error == trial.failure
+    assert trial.failure is not None
+    assert trial.failure.message.endswith(
+        "could not start: ModuleNotFoundError: No module named 'driver_s_own'"
+    )
