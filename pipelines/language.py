@@ -5,8 +5,9 @@
 
 Pretraining has a corpus of its own where one is given, else it reads the task's. It can be the
 mere loading of a trained model (`pretrain.training: null`). INT8 and INT4 are made of the dense
-model, or of a sparse one (`int8_of: sparse_75`). With `pretrain.model.family: speech` the corpus is
-recordings with their texts, read as `speech` says.
+model, or of a sparse one (`int8_of: sparse_75`). Pruning and quantization calibrate on the task's
+training rows, or on a corpus of their own (`calibration_corpus`). With `pretrain.model.family:
+speech` the corpus is recordings with their texts, read as `speech` says.
 """
 
 from __future__ import annotations
@@ -55,10 +56,17 @@ class Config(api.Config):
     pretrain_corpus: TextConfig | None = Field(
         None, description="text to learn the language from; null: the task's own"
     )
+    calibration_corpus: TextConfig | None = Field(
+        None,
+        description="text that pruning and quantization calibrate on; null: the task's own",
+    )
     tokenizer: TokenizerConfig = Field(TokenizerConfig(), description="how text becomes tokens")
     tokens: TokensConfig = Field(TokensConfig(), description="rows of tokens of the task")
     pretrain_tokens: TokensConfig = Field(
         TokensConfig(pack="everything"), description="rows of tokens of pretraining"
+    )
+    calibration_tokens: TokensConfig = Field(
+        TokensConfig(pack="everything"), description="rows of tokens of calibration_corpus"
     )
     pretrain: PretrainConfig = Field(
         PretrainConfig(), description="the model, and its first training"
@@ -85,9 +93,14 @@ class Config(api.Config):
     @model_validator(mode="after")
     def _one_family(self) -> Self:
         family = self.pretrain.model.family
-        for name in ("tokens", "pretrain_tokens"):
+        used = {
+            "tokens": True,
+            "pretrain_tokens": self.pretrain.training is not None,
+            "calibration_tokens": self.calibration_corpus is not None,
+        }
+        for name in (name for name, is_used in used.items() if is_used):
             made_for = getattr(self, name).family
-            if made_for != family and (name == "tokens" or self.pretrain.training is not None):
+            if made_for != family:
                 raise ValueError(
                     f"{name}.family is {made_for}, but pretrain.model.family is {family}: rows of "
                     "tokens are made for one kind of model"
@@ -104,15 +117,27 @@ class Config(api.Config):
                 )
             return self
         where = {"paths": self.corpus.paths, "eval_paths": self.corpus.eval_paths}
-        if self.corpus != TextConfig(**where) or self.pretrain_corpus is not None:
+        further = (self.pretrain_corpus, self.calibration_corpus)
+        if self.corpus != TextConfig(**where) or further != (None, None):
             raise ValueError(
                 "a speech model's corpus is recordings: say under speech how they are read; of "
-                "corpus only paths and eval_paths are looked at, and pretrain_corpus must be null"
+                "corpus only paths and eval_paths are looked at, and pretrain_corpus and "
+                "calibration_corpus must be null"
             )
         if speech.paths or speech.eval_paths:
             raise ValueError("speech.paths are those of corpus.paths: give them there (--corpus)")
         if model.source is None:
             _check_window(self)
+        return self
+
+    @model_validator(mode="after")
+    def _calibration_tokens_have_a_corpus(self) -> Self:
+        default = type(self).model_fields["calibration_tokens"].default
+        if self.calibration_corpus is None and self.calibration_tokens != default:
+            raise ValueError(
+                "calibration_tokens is set, but calibration_corpus is null: the task's own rows "
+                "(tokens) are calibrated on; set calibration_corpus, or leave both out"
+            )
         return self
 
     @model_validator(mode="after")
@@ -183,7 +208,8 @@ def build(cfg: Config) -> list[Any]:
     more = {} if raw is None else {"pretrain_corpus": raw}
     words = tokenizer.bind(cfg.tokenizer, corpus, **more)
     rows = tokens.bind(cfg.tokens, corpus, words)
-    models = _models(cfg, rows, words, _pretraining_rows(cfg, corpus, raw, rows, words))
+    dense = _dense(cfg, rows, words, _pretraining_rows(cfg, corpus, raw, rows, words))
+    models = _models(cfg, dense, rows, _calibration_rows(cfg, words))
     result = evaluate_text.bind(
         cfg.evaluate, corpus, rows, seed=cfg.seed, name="evaluate", **models
     )
@@ -215,25 +241,41 @@ def _pretraining_rows(cfg: Config, corpus: Any, raw: Any, rows: Any, words: Any)
     return tokens.bind(cfg.pretrain_tokens, source, words, name="pretrain_tokens")
 
 
-def _models(cfg: Config, rows: Any, words: Any, pretraining: Any) -> dict[str, Any]:
+def _calibration_rows(cfg: Config, words: Any) -> Any:
+    """What pruning and quantization calibrate on: None where that is the task's own rows."""
+    if cfg.calibration_corpus is None:
+        return None
+    corpus = prepare_text.bind(cfg.calibration_corpus, name="calibration_corpus", seed=cfg.seed)
+    return tokens.bind(cfg.calibration_tokens, corpus, words, name="calibration_tokens")
+
+
+def _dense(cfg: Config, rows: Any, words: Any, pretraining: Any) -> Any:
+    """The model that the others are made of."""
+    model = pretrain.bind(cfg.pretrain, words, pretraining, seed=cfg.seed)
+    if cfg.finetune is None:
+        return model
+    return finetune.bind(cfg.finetune, model, rows, seed=cfg.seed)
+
+
+def _models(cfg: Config, dense: Any, rows: Any, calibration: Any) -> dict[str, Any]:
     """The models by the names of their bundles, the dense one first."""
-    dense = pretrain.bind(cfg.pretrain, words, pretraining, seed=cfg.seed)
-    if cfg.finetune is not None:
-        dense = finetune.bind(cfg.finetune, dense, rows, seed=cfg.seed)
     models = {"dense": dense}
     previous = None
     for level in () if cfg.sparse is None else cfg.sparse.levels:
         assert cfg.sparse is not None
         name = level_name(level)
         models[name] = sparse_finetune_text.bind(
-            cfg.sparse.step(level), dense, rows, previous, name=name, seed=cfg.seed
+            cfg.sparse.step(level), dense, rows, previous, calibration, name=name, seed=cfg.seed
         )
         previous = models[name] if cfg.sparse.gradual else None
     sources = dict(models)
     if cfg.int8 is not None:
         source = sources[cfg.int8_of]
-        models["int8"] = quantize_int8.bind(cfg.int8, source, rows, name="int8", seed=cfg.seed)
+        given = rows if calibration is None else calibration
+        models["int8"] = quantize_int8.bind(cfg.int8, source, given, name="int8", seed=cfg.seed)
     if cfg.int4 is not None:
         source = sources[cfg.int4_of]
-        models["int4"] = quantize_int4.bind(cfg.int4, source, rows, name="int4", seed=cfg.seed)
+        models["int4"] = quantize_int4.bind(
+            cfg.int4, source, rows, calibration, name="int4", seed=cfg.seed
+        )
     return models

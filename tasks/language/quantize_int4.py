@@ -91,7 +91,7 @@ class Int4Config(Config):
     max_spared: int = Field(
         8, ge=0, description="if no recipe passes: layers put on 8 bits or left float at most"
     )
-    calibration: int = Field(128, ge=1, description="training rows that methods calibrate on")
+    calibration: int = Field(128, ge=1, description="rows that methods calibrate on")
     calibration_length: int = Field(2048, ge=1, description="tokens of a calibration row at most")
     evaluation: int = Field(512, ge=1, description="validation rows that the metric is taken on")
     keep_zeros: bool = Field(
@@ -137,11 +137,17 @@ class Int4Config(Config):
 
 
 @task(cpus=0, timeout="7d")
-def quantize_int4(cfg: Int4Config, model: Artifact, tokens: Artifact, out: Output) -> None:
-    """Search a recipe for a float bundle and write the bundle `int4`."""
+def quantize_int4(
+    cfg: Int4Config, model: Artifact, tokens: Artifact, calibration: Artifact | None, out: Output
+) -> None:
+    """Search a recipe for a float bundle and write the bundle `int4`.
+
+    Recipes are measured on the validation rows of `tokens`; methods calibrate on the training rows
+    of `calibration` (of `tokens`, if None).
+    """
     from goldcrest.kernels.weight_only.search import search
 
-    material = _material(cfg, model, tokens, out)
+    material = _material(cfg, model, tokens, calibration, out)
     description = read_description(material.bundle)
     recipes, skipped = _recipes(cfg, material, sparse=description["sparsity"] > 0.01)
     out.progress(0.0, f"{cfg.metric} of the float model")
@@ -184,10 +190,15 @@ def quantize_int4(cfg: Int4Config, model: Artifact, tokens: Artifact, out: Outpu
     )
 
 
-def _material(cfg: Int4Config, model: Artifact, tokens: Artifact, out: Output) -> Material:
+def _material(
+    cfg: Int4Config, model: Artifact, tokens: Artifact, calibration: Artifact | None, out: Output
+) -> Material:
     """What the trials work on, checked."""
     folder, description = float_text_bundle(model)
-    paths = {split: rows_file(tokens, split) for split in ("train", "validation")}
+    paths = {
+        "train": rows_file(tokens if calibration is None else calibration, "train"),
+        "validation": rows_file(tokens, "validation"),
+    }
     for split, path in paths.items():
         reader = open_rows(path, description["family"])
         check_speech(reader, load_config(folder))

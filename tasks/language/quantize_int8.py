@@ -42,7 +42,7 @@ _SHOWN = 40  # operations in the figure, the worst
 class QuantizeInt8Config(Config):
     """Calibration rows and the settings of the quantizer."""
 
-    calibration: int = Field(128, ge=1, description="training rows that set ranges and Hessians")
+    calibration: int = Field(128, ge=1, description="rows that set ranges and Hessians")
     calibration_length: int = Field(2048, ge=2, description="tokens of a calibration row at most")
     rows_per_batch: int = Field(8, ge=1, description="calibration rows in a forward pass")
     settings: Annotated[dict[str, Any], SettingsOf(_KERNEL, "Settings")] = Field(
@@ -52,7 +52,7 @@ class QuantizeInt8Config(Config):
 
 @task(cpus=1, timeout="2d")
 def quantize_int8(cfg: QuantizeInt8Config, model: Artifact, tokens: Artifact, out: Output) -> None:
-    """Quantize a float bundle (dense or sparse) and write the bundle `int8`."""
+    """Quantize a float bundle (dense or sparse), calibrated on `tokens`, to the bundle `int8`."""
     from goldcrest.kernels.quantization.int8_transformer import quantize, state
 
     folder, before = float_text_bundle(model)

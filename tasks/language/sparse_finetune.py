@@ -1,7 +1,8 @@
 """Sparse fine-tuning: prune a model that is fine-tuned already, then train it with masks held.
 
 Source: E. Kurtic et al., "Sparse Fine-Tuning for Inference Acceleration of Large Language Models",
-arXiv 2310.06927: SparseGPT on rows of the task, block after block, then cross-entropy + SquareHead
+arXiv 2310.06927: SparseGPT on rows of the task or of another corpus (the study's GPT models: C4),
+block after block, then cross-entropy + SquareHead
 distillation from the dense model. The study's baselines are settings: `method` magnitude or wanda,
 `distillation` none (plain CE), logits (KD) or feature_mse, `training` null (one shot).
 
@@ -73,7 +74,7 @@ class SparseTextConfig(RecipeConfig):
         (), description="layers (or modules above them) of the blocks that are not pruned"
     )
     calibration_rows: int = Field(
-        512, ge=1, description="training rows whose inputs make the Hessians"
+        512, ge=1, description="rows (of the calibration corpus) whose inputs make the Hessians"
     )
     calibration_batch: int = Field(
         8, ge=1, description="rows of a forward pass during calibration; changes no Hessian's rows"
@@ -199,20 +200,28 @@ def sparse_finetune_text(
     dense: Artifact,
     tokens: Artifact,
     previous: Artifact | None,
+    calibration: Artifact | None,
     out: Output,
 ) -> None:
-    """Prune `previous` (the dense bundle, if None) and fine-tune it sparse, taught by `dense`."""
+    """Prune `previous` (the dense bundle, if None) and fine-tune it sparse, taught by `dense`.
+
+    `tokens` are what it is trained on; the Hessians are made of `calibration` (those, if None).
+    """
     start = dense if previous is None else previous
     folder, teacher = verified(start), verified(dense)
     description = read_description(folder)
     for artifact in (start, dense):
         float_bundle(read_description(artifact.path), artifact)
     family, config = description["family"], load_config(folder)
-    text = read_text(tokens, folder / "tokenizer", family, config)
+    read = functools.partial(
+        read_text, tokenizer=folder / "tokenizer", family=family, config=config
+    )
+    text = read(tokens)
+    given = text if calibration is None else read(calibration)
     out.progress(0.0, f"{cfg.method} to {cfg.sparsity:.0%}")
     pruned = out.scratch / "pruned"
     if not (pruned / _DONE).is_file():  # else a run that was killed has pruned already
-        prune = functools.partial(prune_bundle, text=text, cfg=cfg, seed=out.seed, into=pruned)
+        prune = functools.partial(prune_bundle, text=given, cfg=cfg, seed=out.seed, into=pruned)
         list(out.runtime.map(prune, [folder], note=f"prune by {cfg.method}"))
     state, history = _trained(cfg, text, folder, teacher, pruned, out)
     layers = json.loads((pruned / _DONE).read_text("utf-8"))
@@ -308,8 +317,9 @@ def prune_bundle(folder: Path, *, text: Text, cfg: SparseTextConfig, seed: int, 
 def calibration_batches(
     text: Text, model: Any, cfg: SparseTextConfig, seed: int
 ) -> tuple[list[dict[str, Any]], list[Any], list[Any]]:
-    """A seeded sample of training rows as the model's inputs, with the token masks (B, T) of what
-    an encoder and what a decoder (or the only stack) reads; rows of like length together."""
+    """A seeded sample of the text's training rows as inputs of the model, with token masks (B, T)
+    of what an encoder and what a decoder (or the only stack) reads; rows of like length together.
+    """
     from goldcrest.kernels.language.losses import NO_LOSS
     from goldcrest.kernels.language.padding import token_mask
     from goldcrest.tasks.language.objective import model_inputs

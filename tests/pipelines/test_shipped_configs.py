@@ -5,11 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from goldcrest.cluster.config_file import load_config
-from goldcrest.cluster.dag import walk
+from goldcrest.cluster.dag import Step, walk
 from goldcrest.cluster.errors import InputError
 from goldcrest.cluster.keys import Fingerprints
 from goldcrest.pipelines import language, speaker
@@ -32,6 +33,34 @@ def test_language_configs_load_and_build(path: Path) -> None:
     levels = () if cfg.sparse is None else cfg.sparse.levels
     quantized = [each for each in (cfg.int8, cfg.int4) if each is not None]
     assert len(language.build(cfg)) == 1 + len(levels) + len(quantized)
+
+
+def language_steps(**changes: Any) -> dict[str, Step]:
+    built = language.build(language.Config(**changes))
+    return {step.name: step for step in walk(built, fingerprints=Fingerprints(Path("/nowhere")))}
+
+
+def test_pruning_and_quantization_calibrate_on_a_corpus_of_their_own() -> None:
+    """What is trained, distilled and measured stays the task's."""
+    task, other = language_steps(), language_steps(calibration_corpus={})
+    assert set(other) - set(task) == {"calibration_corpus", "calibration_tokens"}
+    assert other["calibration_tokens"].inputs["corpus"] == "calibration_corpus"
+    for name in ("sparse_50", "int4"):
+        assert task[name].inputs["calibration"] is None
+        assert other[name].inputs == task[name].inputs | {"calibration": "calibration_tokens"}
+    assert (task["int8"].inputs["tokens"], other["int8"].inputs["tokens"]) == (
+        "tokens",
+        "calibration_tokens",
+    )
+    changed = {name for name in task if task[name].key != other[name].key}
+    assert changed.isdisjoint({"corpus", "tokenizer", "tokens", "pretrain", "finetune"})
+
+
+def test_calibration_tokens_without_their_corpus_are_refused() -> None:
+    with pytest.raises(ValueError, match="calibration_tokens is set, but calibration_corpus is"):
+        language.Config(calibration_tokens={"length": 64})
+    with pytest.raises(ValueError, match=r"calibration_tokens\.family is seq2seq"):
+        language.Config(calibration_corpus={}, calibration_tokens={"family": "seq2seq"})
 
 
 def test_one_change_to_a_training_leaves_the_rest_of_it() -> None:

@@ -150,7 +150,7 @@ def test_sparse_fine_tuning_goes_on_where_it_was_stopped(
 
     run, scratch = runner(tmp_path), tmp_path / "scratch"
     training = {**FAST, "zero_stage": 3, "precision": "bf16"}
-    arguments = (sparse_config(training=training), dense["causal"], tokens["causal"], None)
+    arguments = (sparse_config(training=training), dense["causal"], tokens["causal"], None, None)
     first = run(sparse_finetune_text, *arguments)
     name = sparse_finetune_text.name
     shutil.copytree(scratch / f"001-{name}", scratch / f"002-{name}")
@@ -238,7 +238,7 @@ def test_a_pruned_model_is_fine_tuned_with_its_masks_held(
 ) -> None:
     """Through AdamW with momentum and weight decay; the head and embeddings stay full."""
     cfg = sparse_config(distillation=distillation)
-    made = run_task(sparse_finetune_text, cfg, dense[family], tokens[family], None)
+    made = run_task(sparse_finetune_text, cfg, dense[family], tokens[family], None, None)
     history = made.json("history")
     assert history[-1]["loss"] < history[0]["loss"]
     names = {"cross_entropy", distillation} - {"none"}
@@ -273,7 +273,7 @@ def test_one_shot_pruning_by_every_method(
     run_task: Any,
 ) -> None:
     cfg = sparse_config(**{**changes, "training": None})
-    made = run_task(sparse_finetune_text, cfg, dense["causal"], tokens["causal"], None)
+    made = run_task(sparse_finetune_text, cfg, dense["causal"], tokens["causal"], None, None)
     found = zeros_of(made)
     total = sum(zeros.numel() for zeros in found.values())
     pruned = sum(int(zeros.sum()) for zeros in found.values())
@@ -290,6 +290,25 @@ def test_one_shot_pruning_by_every_method(
     assert "history.json" not in made
 
 
+def test_pruning_calibrates_on_a_corpus_of_its_own(
+    dense: dict[str, Artifact], tokens: dict[str, Artifact], run_task: Any, tmp_path: Path
+) -> None:
+    """The masks are those of that corpus; what is trained on stays the task's."""
+    other = toys.tokens_artifact(tmp_path / "other", rows=20)
+
+    def made(rows: Artifact, calibration: Artifact | None, **changes: Any) -> bytes:
+        arguments = (sparse_config(**changes), dense["causal"], rows, None, calibration)
+        return run_task(sparse_finetune_text, *arguments).file("model.safetensors").read_bytes()
+
+    task = tokens["causal"]
+    assert made(task, other, training=None) == made(other, None, training=None)
+    assert made(task, other, training=None) != made(task, None, training=None)
+    # Magnitudes need no calibration: only the training is left to tell.
+    assert made(task, other, method="magnitude") == made(task, None, method="magnitude")
+    with pytest.raises(InputError, match="made for the family 'seq2seq'"):
+        made(task, tokens["seq2seq"])
+
+
 def test_a_gradual_schedule_prunes_what_was_fine_tuned(
     dense: dict[str, Artifact], tokens: dict[str, Artifact], run_task: Any
 ) -> None:
@@ -303,7 +322,9 @@ def test_a_gradual_schedule_prunes_what_was_fine_tuned(
     previous = None
     for level in levels.levels:
         cfg = levels.step(level)
-        bundle = run_task(sparse_finetune_text, cfg, dense["causal"], tokens["causal"], previous)
+        bundle = run_task(
+            sparse_finetune_text, cfg, dense["causal"], tokens["causal"], previous, None
+        )
         if previous is not None:
             before, after = zeros_of(previous), zeros_of(bundle)
             assert all(bool(after[name][zeros].all()) for name, zeros in before.items())
@@ -388,10 +409,10 @@ def test_what_does_not_fit_together_is_refused(
         run_task(pretrain, cfg, tokenizer, tokens["causal"])
     none = toys.tokens_artifact(tmp_path / "none", rows=0)
     with pytest.raises(StepError, match="no training rows"):
-        run_task(sparse_finetune_text, sparse_config(), dense["causal"], none, None)
+        run_task(sparse_finetune_text, sparse_config(), dense["causal"], none, None, None)
     with pytest.raises(StepError, match="did you mean 'model"):
         cfg = sparse_config(skip=("model.layers.O",))
-        run_task(sparse_finetune_text, cfg, dense["causal"], tokens["causal"], None)
+        run_task(sparse_finetune_text, cfg, dense["causal"], tokens["causal"], None, None)
     speech = {"family": "speech", "architecture": "whisper"}
     with pytest.raises(InputError, match="made for the family 'causal', the model is 'speech'"):
         run_task(pretrain, PretrainConfig(model=speech), tokenizer, tokens["causal"])
@@ -401,6 +422,6 @@ def test_a_sparse_bundle_is_not_trained_dense(
     dense: dict[str, Artifact], tokens: dict[str, Artifact], run_task: Any
 ) -> None:
     cfg = sparse_config(method="magnitude", training=None)
-    sparse = run_task(sparse_finetune_text, cfg, dense["causal"], tokens["causal"], None)
+    sparse = run_task(sparse_finetune_text, cfg, dense["causal"], tokens["causal"], None, None)
     with pytest.raises(InputError, match="would fill its zeros"):
         run_task(finetune, FinetuneConfig(), sparse, tokens["causal"])

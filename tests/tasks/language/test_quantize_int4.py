@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -113,13 +114,14 @@ Run = Callable[..., Artifact]
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """`run(config, model, tokens)` -> the artifact; `runtime` and `scratch` may be given."""
+    """`run(config, model, tokens, calibration)` -> the artifact; `runtime`, `scratch`: optional."""
     count = 0
 
     def run_once(
         cfg: dict[str, Any],
         model: Artifact,
         given: Artifact,
+        calibration: Artifact | None = None,
         *,
         runtime: Any = None,
         scratch: Path | None = None,
@@ -132,7 +134,7 @@ def run(tmp_path: Path) -> Run:
             folder, runtime=runtime or LocalRuntime(), seed=3,
             scratch=scratch or tmp_path / f"scratch-{count}",
         )  # fmt: skip
-        quantize_int4(Int4Config(**{**QUICK, **cfg}), model, given, out=out)
+        quantize_int4(Int4Config(**{**QUICK, **cfg}), model, given, calibration, out=out)
         made = artifact(folder, "quantize_int4")
         made.manifest = {**made.manifest, "metrics": out.collected_metrics,
                          "measurements": out.measurements}  # fmt: skip
@@ -390,6 +392,23 @@ def test_what_ends_a_text_is_kept(run: Run, rows: Artifact, tmp_path: Path) -> N
     found = load_model(made.path).generation_config
     assert found.eos_token_id == [2, 7]
     assert found.suppress_tokens == [5]
+
+
+def test_calibrates_on_a_corpus_of_its_own(
+    run: Run, dense: Artifact, rows: Artifact, tmp_path: Path
+) -> None:
+    """Measured on the task's validation rows all the same."""
+    cfg = {"methods": {"gptq": {}}, "group_sizes": [64]}
+    other = tokens(tmp_path / "other", train=5, validation=3)
+    mixed = tmp_path / "mixed"
+    shutil.copytree(rows.path, mixed)
+    shutil.copyfile(other.path / "train.arrow", mixed / "train.arrow")
+    one, two, task = (
+        run(cfg, dense, rows, other), run(cfg, dense, artifact(mixed, "tokens")),
+        run(cfg, dense, rows),
+    )  # fmt: skip
+    assert one.file("model.safetensors").read_bytes() == two.file("model.safetensors").read_bytes()
+    assert one.metrics == two.metrics != task.metrics
 
 
 def test_zeros_of_a_sparse_model_stay(run: Run, rows: Artifact, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def sparse(chain: Chain) -> Artifact:
     cfg = SparseTextConfig(
         sparsity=0.5, settings={"block": 16}, calibration_rows=32, training=BRIEF
     )
-    return chain.run(sparse_finetune_text, cfg, chain.dense, chain.tokens, None)
+    return chain.run(sparse_finetune_text, cfg, chain.dense, chain.tokens, None, None)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def to_int4(chain: Chain, method: str) -> Artifact:
         tolerance=9.0,
         max_spared=0,
     )
-    return chain.run(quantize_int4, cfg, chain.dense, chain.tokens)
+    return chain.run(quantize_int4, cfg, chain.dense, chain.tokens, None)
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def test_training_goes_on_where_it_was_stopped(what: str, chain: Chain, tmp_path
     model = {**toys.MODEL, "settings": {**toys.WHISPER, "dropout": 0.1}}
     task, cfg = pretrain, PretrainConfig(model=model, training=BRIEF)
     if what == "sparse":
-        inputs = (chain.dense, chain.tokens, None)
+        inputs = (chain.dense, chain.tokens, None, None)
         task, cfg = sparse_finetune_text, SparseTextConfig(sparsity=0.5, training=BRIEF)
     run, scratch = runner(tmp_path), tmp_path / "scratch"
     first = run(task, cfg, *inputs)
@@ -216,7 +216,7 @@ def test_calibration_is_on_what_was_said(chain: Chain) -> None:
     losses = {}
     for method in ("sparsegpt", "magnitude"):
         cfg = SparseTextConfig(sparsity=0.75, method=method, distillation="none", training=None)
-        made = chain.run(sparse_finetune_text, cfg, chain.dense, chain.tokens, None)
+        made = chain.run(sparse_finetune_text, cfg, chain.dense, chain.tokens, None, None)
         model = load_bundle(made.path).model
         reader = SpeechReader(chain.tokens.file("validation.arrow"))
         batch = speech_batch([reader[row] for row in range(len(reader))], 60)
@@ -373,7 +373,7 @@ def test_what_does_not_fit_together_is_refused(chain: Chain, tmp_path: Path) -> 
     with pytest.raises(InputError, match="the rows of tokens have no features"):
         chain.run(quantize_int8, QuantizeInt8Config(), chain.dense, text)
     with pytest.raises(InputError, match="the rows of tokens have no features"):
-        chain.run(quantize_int4, Int4Config(), chain.dense, text)
+        chain.run(quantize_int4, Int4Config(), chain.dense, text, None)
 
 
 def test_text_and_speech_have_generators_of_their_own(chain: Chain) -> None:
