@@ -194,8 +194,8 @@ def _point(trial: Any) -> tuple[int, dict[str, Any]]:
 
 def _reason(trial: Any) -> str:
     """The last line of what Tune wrote down of a trial's error."""
-    file = trial.error_file
-    text = Path(file).read_text(encoding="utf-8", errors="replace") if file else ""
+    file = Path(trial.error_file or "")
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else "no reason is known"
 

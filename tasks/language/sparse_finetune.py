@@ -1,10 +1,10 @@
 """Sparse fine-tuning: prune a model that is fine-tuned already, then train it with masks held.
 
 Source: E. Kurtic et al., "Sparse Fine-Tuning for Inference Acceleration of Large Language Models",
-arXiv 2310.06927: SparseGPT on rows of the task or of another corpus (the study's GPT models: C4),
-block after block, then cross-entropy + SquareHead
-distillation from the dense model. The study's baselines are settings: `method` magnitude or wanda,
-`distillation` none (plain CE), logits (KD) or feature_mse, `training` null (one shot).
+arXiv 2310.06927: SparseGPT on rows of the task (or of another corpus: C4, for the study's GPT
+models), block after block, then cross-entropy + SquareHead distillation from the dense model. The
+study's baselines are settings: `method` magnitude or wanda, `distillation` none (plain CE), logits
+(KD) or feature_mse, `training` null (one shot).
 
 In a gradual schedule every level is a step of its own that prunes the *fine-tuned* model of the
 level before (`previous`); learning rate and warm-up start anew, the teacher stays the dense model.
