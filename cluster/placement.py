@@ -84,14 +84,22 @@ def asked(step: Step, *, one_node: bool = False) -> Iterator[Resources]:
     With `one_node` the workers of a training must all fit on it together.
     """
     yield own_resources(step)
-    workers = worker_resources(step)
-    trainings = [_ for _ in _values(step.config) if isinstance(_, TrainingConfig)]
-    for config in trainings:
-        placed = for_training(workers, config)
-        each = for_call(workers, cpus=placed.cpus_per_worker, gpus=placed.gpus_per_worker)
-        yield times(each, placed.workers) if one_node else each
-    if not trainings:
+    trained = list(trainings(step))
+    for each, count in trained:
+        yield times(each, count) if one_node else each
+    if not trained:
+        workers = worker_resources(step)
         yield for_call(workers, cpus=workers.cpus, gpus=workers.gpus)
+
+
+def trainings(step: Step) -> Iterator[tuple[Resources, int]]:
+    """What a worker of each training of the step asks for, and how many run at the same time."""
+    workers = worker_resources(step)
+    for config in _values(step.config):
+        if isinstance(config, TrainingConfig):
+            placed = for_training(workers, config)
+            each = for_call(workers, cpus=placed.cpus_per_worker, gpus=placed.gpus_per_worker)
+            yield each, placed.workers
 
 
 def _values(config: Config) -> list[Any]:

@@ -25,7 +25,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from goldcrest.cluster.api import Resources, parse_duration
 from goldcrest.cluster.dag import Step
 from goldcrest.cluster.errors import InputError
-from goldcrest.cluster.placement import NODE_ID, asked, hands_out, own_resources
+from goldcrest.cluster.placement import (
+    NODE_ID,
+    asked,
+    hands_out,
+    own_resources,
+    times,
+    trainings,
+)
 
 _BYTES = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)\s*$", re.IGNORECASE)
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
@@ -219,7 +226,8 @@ def check_placement(
     *,
     one_node: bool = False,
 ) -> None:
-    """Refuse steps that no node can ever run: Ray would wait for such a node for ever.
+    """Refuse steps that no node can ever run, and trainings for whose workers there is no room at
+    the same time on all nodes together (unless more may be added): Ray would wait for ever.
 
     `one_node`: the workers of a step must run together on its own node (a store in a bucket).
     Raises InputError that names the first such step and what the best node lacks.
@@ -237,6 +245,33 @@ def check_placement(
                 hint="choose another cluster profile, or ask for less under steps: in this one or "
                 "in the step's config",
             )
+        if not profile.autoscaler and not one_node:
+            _check_room_for_all(step, nodes, profile)
+
+
+def _check_room_for_all(step: Step, nodes: Sequence[NodeKind], profile: Profile) -> None:
+    """InputError for a training that wants more workers than there is room for, beside its step."""
+    own = own_resources(step)
+    hosts = [place for place, node in enumerate(nodes) if not lacking(own, node)]
+    for each, count in trainings(step):
+        most = 0
+        for host in hosts:
+            left = list(nodes)
+            left[host] = left[host].model_copy(update={"cpus": left[host].cpus - own.cpus})
+            most = max(most, sum(_room(each, node, count) for node in left))
+        if most < count:
+            raise InputError(
+                f"step '{step.name}' trains with {count} workers at the same time, and "
+                f"'{profile.name}' has room for {most} of {each.cpus:g} CPU cores and "
+                f"{each.gpus:g} GPUs each",
+                hint="lower the training's workers, cpus_per_worker or gpus_per_worker; of a "
+                "cluster that grows, say so under autoscaler: in its profile",
+            )
+
+
+def _room(each: Resources, node: NodeKind, most: int) -> int:
+    """How many workers, up to `most`, the node has room for."""
+    return next((n for n in range(most, 0, -1) if not lacking(times(each, n), node)), 0)
 
 
 def beside_its_workers(step: Step, nodes: Sequence[NodeKind]) -> Resources:

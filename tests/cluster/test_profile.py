@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import Field, ValidationError
 
-from goldcrest.cluster.api import Config, InputError, Resources, TrainingConfig
+from goldcrest.cluster.api import Config, InputError, Output, Resources, TrainingConfig, task
 from goldcrest.cluster.dag import Step, walk
 from goldcrest.cluster.keys import Fingerprints
 from goldcrest.cluster.placement import NODE_ID, asked, own_resources, task_options
@@ -25,6 +25,11 @@ from goldcrest.cluster.profile import (
 from tests.cluster.engine_steps import NumberConfig, TrainToyConfig, number, train_toy
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "cluster"
+
+
+@task(cpus=1)
+def train_and_hold(cfg: TrainToyConfig, out: Output) -> None:
+    """Holds a core while its workers train."""
 
 
 def steps(profile: Profile, *names: str) -> list[Step]:
@@ -109,6 +114,21 @@ def test_workers_that_must_share_a_node_are_refused_where_none_is_large_enough()
     with pytest.raises(InputError, match=r"asks for 3 CPU cores \(n1 has 2\)"):
         check_placement([step], nodes, Profile(), one_node=True)
     check_placement([step_that_trains(2)], nodes, Profile(), one_node=True)
+
+
+def test_more_workers_than_there_is_room_for_at_the_same_time_are_refused() -> None:
+    """Ray Train would ask for them again and again; a cluster that grows may get them."""
+    nodes = [NodeKind(name="n1", cpus=3), NodeKind(name="n2", cpus=1.5)]
+    check_placement([step_that_trains(4)], nodes, Profile())
+    with pytest.raises(InputError, match="with 5 workers at the same time, and 'this machine'"):
+        check_placement([step_that_trains(5)], nodes, Profile())
+    grows = Profile(autoscaler=[NodeKind(name="more", cpus=1)])
+    check_placement([step_that_trains(5)], nodes, grows)
+    # What the step itself holds is gone: on the node where that costs least.
+    node = train_and_hold.bind(TrainToyConfig(training=TrainingConfig(workers=4)))
+    (holder,) = walk([node], fingerprints=Fingerprints(Path("/nowhere/c")))
+    with pytest.raises(InputError, match="has room for 3 of 1 CPU cores and 0 GPUs each"):
+        check_placement([holder], nodes, Profile())
 
 
 def test_a_step_with_its_workers_keeps_off_nodes_that_are_too_small_for_them() -> None:
