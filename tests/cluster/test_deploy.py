@@ -19,7 +19,7 @@ import typer.main
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from goldcrest.cluster.profile import Profile
+from goldcrest.cluster.profile import NodeKind, Profile
 from goldcrest.pipelines import cli
 
 ROOT = Path(__file__).parents[2]
@@ -57,6 +57,7 @@ class AutoscalerOptions(Strict):
 class HeadGroup(Strict):
     """The head pod."""
 
+    labels: dict[str, str] = {}  # of the Ray node; KubeRay >= 1.5
     rayStartParams: dict[str, str]  # noqa: N815
     template: PodTemplate
 
@@ -174,6 +175,27 @@ def containers(cluster: Cluster) -> list[dict[str, Any]]:
     return [container for pod in pods(cluster) for container in pod.spec["containers"]]
 
 
+def autoscaled_kinds() -> dict[str, NodeKind]:
+    """What Ray's autoscaler takes each worker group of the job for: it asks for them by that."""
+    from ray.autoscaler._private.kuberay.autoscaling_config import (
+        _derive_autoscaling_config_from_ray_cr,
+    )
+
+    spec = read("rayjob.yaml")["spec"]["rayClusterSpec"]
+    cluster = {"metadata": {"namespace": "n", "name": "c"}, "spec": spec}
+    types = _derive_autoscaling_config_from_ray_cr(cluster)["available_node_types"]
+    return {
+        group.groupName: NodeKind(
+            name=group.groupName,
+            cpus=types[group.groupName]["resources"]["CPU"],
+            gpus=types[group.groupName]["resources"].get("GPU", 0),
+            memory=types[group.groupName]["resources"]["memory"],
+            labels=types[group.groupName]["labels"],
+        )
+        for group in job().rayClusterSpec.workerGroupSpecs
+    }
+
+
 def test_the_job_s_command_is_one_that_exists() -> None:
     words = shlex.split(job().entrypoint)
     assert words[:3] == ["python", "-m", "goldcrest"]
@@ -189,12 +211,21 @@ def test_the_job_s_profile_finds_its_pools() -> None:
     """Every label that the profile asks for is that of a worker group, GPUs where it wants them."""
     options = goldcrest_options(shlex.split(job().entrypoint)[3:])
     profile = Profile.load(ROOT / options["profile"].removeprefix(IMAGE))
-    groups = {g.rayStartParams["labels"]: g for g in job().rayClusterSpec.workerGroupSpecs}
+    kinds = autoscaled_kinds()
     for wanted in profile.steps.values():
-        (label,) = (wanted.labels or {}).items()
-        group = groups["=".join(label)]
-        limits = group.template.spec["containers"][0]["resources"]["limits"]
-        assert (wanted.gpus or 0) <= float(limits.get("nvidia.com/gpu", 0))
+        (kind,) = (k for k in kinds.values() if wanted.labels == k.labels)
+        assert (wanted.gpus or 0) <= kind.gpus
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_pools_are_labels_of_the_groups_and_no_options_of_ray_start(cluster: Any) -> None:
+    """KubeRay >= 1.5 refuses them there, and the autoscaler would not see them."""
+    spec: Cluster = cluster()
+    for group in [spec.headGroupSpec, *spec.workerGroupSpecs]:
+        assert "labels" not in group.rayStartParams
+    assert [g.labels for g in spec.workerGroupSpecs] == [
+        {"pool": g.groupName} for g in spec.workerGroupSpecs
+    ]
 
 
 @pytest.mark.parametrize("cluster", CLUSTERS)
