@@ -48,6 +48,7 @@ TOKEN_LENGTH = (
 _DOCS = jinja2.Environment(autoescape=True).from_string(
     Path(__file__).with_name("serving_docs.html").read_text("utf-8")
 )
+SCRATCH = "serve-scratch"  # in the state folder: of one server's life, a new one removes it
 _READY_SECONDS = 1.0  # an answer of `/readyz` is this old at most
 _QUEUE_FACTOR = 4  # the gate, not the proxy's queue, should be what turns requests away
 
@@ -83,6 +84,11 @@ class ServingSettings(Config):
         64, ge=1, description="requests inside one HTTP replica; more are answered 503 at once"
     )
     drain_seconds: float = Field(15.0, ge=0, description="time for requests inside when stopping")
+
+    @property
+    def scratch_folder(self) -> Path:
+        """What is worth nothing after this server: under one name that no user's folder has."""
+        return self.state_folder.absolute() / SCRATCH
 
     @property
     def limits(self) -> Limits:
@@ -230,7 +236,7 @@ def page(content: str, *, scripts: bool = False) -> Response:
 
 def ingress(endpoint: type[Endpoint], settings: ServingSettings, **options: Any) -> Any:
     """The deployment of an endpoint; `.bind(settings, ...)` makes the application."""
-    metrics = str(settings.state_folder.absolute() / "metrics")
+    metrics = str(settings.scratch_folder / "metrics")
     crowd = _QUEUE_FACTOR * settings.max_requests
     return serve.deployment(
         serve.ingress()(endpoint),

@@ -111,8 +111,8 @@ def with_models_file(settings: BundleSettings) -> BundleSettings:
     their bundles: also where `-o state_folder=...` has moved it."""
     from goldcrest.pipelines.endpoints.bundles import MODELS
 
+    models = {"file": str(settings.scratch_folder / MODELS)}
     folder = settings.state_folder.absolute()
-    models = {"file": str(folder / MODELS)}
     return settings.model_copy(update={"state_folder": folder, "models": models})
 
 

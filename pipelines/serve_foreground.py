@@ -1,8 +1,9 @@
 """An endpoint in the foreground, from its start to its end, as signals steer it.
 
-What is served are copies of the bundles, in the state folder under their fingerprints: a folder
-that is replaced or cleaned away while a replica might have to load it again changes nothing. The
-folder is one server's at a time: another would delete the copies that this one may need.
+What is served are copies of the bundles, under their fingerprints in the scratch folder of the
+state folder: a bundle that is replaced or cleaned away while a replica might have to load it again
+changes nothing. The state folder is one server's at a time: another would delete the copies that
+this one may need. Nothing but the scratch folder is ever deleted there.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
     from goldcrest.pipelines.endpoints.bundles import BundleChoice, BundleSettings, ServedKind
 
 _POLL = 0.2  # seconds between two looks at what signals asked for
-BUNDLES = "bundles"  # in the state folder
-LOCK = "serve.lock"  # there too: locked by the server whose folder it is, whose process id it holds
+BUNDLES = "bundles"  # in the scratch folder
+LOCK = "serve.lock"  # in the state folder: locked by its server, whose process id it holds
 
 
 class Foreground:
@@ -51,21 +52,23 @@ class Foreground:
         self._settings = settings
         self._look = look
         self._json_file = json_file
+        self._copies = settings.scratch_folder / BUNDLES
         self._serving: BundleChoice  # copies of the bundles that were last taken into service
+        self._before: BundleChoice  # and of those before: requests keep the model they began with
 
     def run(self, profile: Profile, *, host: str, port: int, choice: BundleChoice) -> None:
         """Serve until SIGINT or SIGTERM; InputError where another server has the state folder."""
         began = time.monotonic()
-        folder = self._settings.state_folder
+        self._check_apart(choice)
         with (
-            held(folder),
+            held(self._settings.state_folder),
             serving(profile, host=host, port=port) as running,
             _signals() as asked,
         ):
             check_room(self._settings.replicas, cpus=self._settings.cpus, gpus=self._settings.gpus)
-            for of_the_dead in ("metrics", BUNDLES):
-                shutil.rmtree(folder / of_the_dead, ignore_errors=True)
-            self._serving = self._take(choice)
+            shutil.rmtree(self._settings.scratch_folder, ignore_errors=True)  # of a dead server
+            self._settings.scratch_folder.mkdir(mode=0o700, exist_ok=True)
+            self._serving = self._before = self._take(choice)
             self._write(self._serving)
             running.deploy(self._kind.application(self._settings))
             self._tell(running, choice, time.monotonic() - began)
@@ -79,19 +82,37 @@ class Foreground:
             if left:
                 warn(f"{left} requests took too long and were cut off")
 
+    def _check_apart(self, choice: BundleChoice) -> None:
+        """InputError where a bundle lies in the folder that this server deletes from."""
+        scratch = self._settings.scratch_folder.resolve()
+        for folder in choice.bundles.values():
+            for member in self._kind.members(folder):
+                if (folder / member).resolve().is_relative_to(scratch):
+                    raise InputError(
+                        f"the bundle {folder} lies in {scratch}, which `goldcrest serve` empties",
+                        hint="serve the bundle that it is a copy of, or copy it elsewhere first",
+                    )
+
     def _take(self, choice: BundleChoice) -> BundleChoice:
         """The same choice with copies of the bundles."""
         kept = {}
         for name, folder in choice.bundles.items():
             content = fingerprint(self._kind.identity(folder))
-            kept[name] = self._settings.state_folder / BUNDLES / content
+            kept[name] = self._copies / content
             for member in self._kind.members(folder):
                 _copy(folder / member, kept[name] / member)
         return choice.model_copy(update={"bundles": kept})
 
+    def _tidy(self) -> None:
+        """Delete the copies of bundles that are neither in service nor were just before."""
+        wanted = {*self._serving.bundles.values(), *self._before.bundles.values()}
+        for copy in self._copies.glob("*"):
+            if copy not in wanted:
+                shutil.rmtree(copy, ignore_errors=True)
+
     def _write(self, choice: BundleChoice) -> None:
         """Where replicas look for their bundles, also those that start after a crash."""
-        path = self._settings.state_folder / MODELS
+        path = self._settings.scratch_folder / MODELS
         temporary = path.with_suffix(".tmp")
         temporary.write_text(choice.model_dump_json(), encoding="utf-8")
         temporary.replace(path)
@@ -113,18 +134,21 @@ class Foreground:
         """Take the bundles as they are now into service; on any error the old ones stay."""
         try:
             choice = self._look()
+            self._check_apart(choice)
             taken = self._take(choice)
             self._preload(running, taken)
             self._write(taken)
         except (GoldcrestError, OSError) as error:
             warn(f"the models stay as they were: {mask_text(str(error))}")
+            self._tidy()
             return
         try:
             self._reload(running)
         except GoldcrestError as error:
             self._swap_back(running, error)
         else:
-            self._serving = taken
+            self._before, self._serving = self._serving, taken
+            self._tidy()
             say(f"now serving {', '.join(choice.bundles)}")
 
     def _swap_back(self, running: Serving, why: GoldcrestError) -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 ID = r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$"  # of speakers and of models
 DEMO_PATHS = ("/demo", "/demo/page.js")
-MODELS = "models.json"  # in the state folder: which bundles are served
+MODELS = "models.json"  # in the scratch folder: which bundles are served
 _CACHE = "__serve_multiplex_wrapper"  # where Ray Serve keeps the models of a replica
 MOST_BUNDLES = 16  # of one server
 MOST_HELD = 2 * MOST_BUNDLES  # by one replica: while models are swapped, the old and the new ones

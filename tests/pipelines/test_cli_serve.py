@@ -218,6 +218,7 @@ def test_a_moved_state_folder_takes_the_list_of_models_along(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Replicas read it in a working directory of their own, so the name is absolute."""
+    from goldcrest.cluster.serving import SCRATCH
     from goldcrest.pipelines.cli_serve import with_models_file
     from goldcrest.pipelines.endpoints.bundles import MODELS
     from goldcrest.pipelines.endpoints.speaker import SpeakerSettings
@@ -225,7 +226,7 @@ def test_a_moved_state_folder_takes_the_list_of_models_along(
     monkeypatch.chdir(tmp_path)
     moved = with_models_file(SpeakerSettings(state_folder=Path("elsewhere")))
     assert moved.state_folder == tmp_path / "elsewhere"
-    assert moved.models == {"file": str(tmp_path / "elsewhere" / MODELS)}
+    assert moved.models == {"file": str(tmp_path / "elsewhere" / SCRATCH / MODELS)}
 
 
 def test_a_state_folder_has_one_server_at_a_time(
@@ -236,7 +237,7 @@ def test_a_state_folder_has_one_server_at_a_time(
 
     started: list[str] = []
     monkeypatch.setattr(serve_foreground, "serving", lambda *_, **__: started.append("serving"))
-    copy = tmp_path / ".goldcrest" / "serve" / "bundles" / "kept"
+    copy = tmp_path / ".goldcrest" / "serve" / "serve-scratch" / "bundles" / "kept"
     copy.mkdir(parents=True)
     with serve_foreground.held(tmp_path / ".goldcrest" / "serve"):
         code, said = serve(bundle, "--port", "0")
@@ -250,7 +251,7 @@ def test_a_state_folder_has_one_server_at_a_time(
 
 
 def test_a_taken_port_deletes_nothing(serve: Call, bundle: Path, tmp_path: Path) -> None:
-    copy = tmp_path / ".goldcrest" / "serve" / "bundles" / "kept"
+    copy = tmp_path / ".goldcrest" / "serve" / "serve-scratch" / "bundles" / "kept"
     copy.mkdir(parents=True)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         code, said = serve(bundle, "--port", str(taken.getsockname()[1]))

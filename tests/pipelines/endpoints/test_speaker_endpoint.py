@@ -14,6 +14,8 @@ import pytest
 import requests
 import soundfile
 
+from goldcrest.cluster.serving import SCRATCH
+from goldcrest.pipelines.endpoints.bundles import MODELS
 from goldcrest.tasks.speaker.bundle import load_bundle
 from tests.pipelines.speaker_server import Server, voice, wav
 
@@ -301,4 +303,4 @@ def test_the_token_stands_nowhere(server: Server) -> None:
     for path in state.rglob("*"):
         if path.is_file():
             assert server.token.encode() not in path.read_bytes()
-    assert json.loads((state / "serve" / "models.json").read_text())["bundles"]
+    assert json.loads((state / "serve" / SCRATCH / MODELS).read_text())["bundles"]
