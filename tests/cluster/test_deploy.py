@@ -217,6 +217,17 @@ def test_the_job_s_profile_finds_its_pools() -> None:
         assert (wanted.gpus or 0) <= kind.gpus
 
 
+def test_a_run_starts_while_a_pool_of_the_job_is_at_zero() -> None:
+    """Its profile lists what may still be added, as the autoscaler knows it."""
+    options = goldcrest_options(shlex.split(job().entrypoint)[3:])
+    profile = Profile.load(ROOT / options["profile"].removeprefix(IMAGE))
+    kinds = autoscaled_kinds()
+    groups = job().rayClusterSpec.workerGroupSpecs
+    assert any(group.minReplicas == 0 for group in groups)
+    growing = [kinds[g.groupName] for g in groups if g.maxReplicas > g.minReplicas]
+    assert list(profile.autoscaler) == growing
+
+
 @pytest.mark.parametrize("cluster", CLUSTERS)
 def test_pools_are_labels_of_the_groups_and_no_options_of_ray_start(cluster: Any) -> None:
     """KubeRay >= 1.5 refuses them there, and the autoscaler would not see them."""

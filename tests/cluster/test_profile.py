@@ -206,6 +206,15 @@ def test_nodes_that_an_autoscaler_may_add_count() -> None:
     check_placement(steps(profile, "pretrain"), [NodeKind(name="head", cpus=2)], profile)
 
 
+def test_a_run_starts_on_kubernetes_while_no_gpu_node_is_there() -> None:
+    cpu = [NodeKind(name="head"), NodeKind(name="a", cpus=8, labels={"pool": "cpu"})]
+    grows, fixed = (Profile.load(CONFIGS / f"{name}.yaml") for name in ("kuberay", "mixed"))
+    assert grows.steps == fixed.steps
+    check_placement(steps(grows, "prepare", "pretrain"), cpu, grows)
+    with pytest.raises(InputError, match="step 'pretrain' asks for"):
+        check_placement(steps(fixed, "prepare", "pretrain"), cpu, fixed)
+
+
 def test_memory_accelerator_custom_resource_and_label_are_all_checked() -> None:
     wanted = Resources(
         memory=10**10, accelerator="A100", custom={"licence": 1}, labels={"zone": "!in(a, b)"}
