@@ -7,8 +7,10 @@ KubeRay's own schema cannot be had offline; the models here are the parts of its
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any, Literal
 
@@ -402,6 +404,23 @@ def test_ray_up() -> None:
     options = goldcrest_options(shlex.split(submit))
     assert (ROOT / "configs" / "speaker" / f"{options['config']}.yaml").is_file()
     assert (ROOT / "configs" / "cluster" / f"{options['profile']}.yaml").is_file()
+
+
+@pytest.mark.parametrize("nodes", ["head", "worker"])
+def test_a_job_s_python_on_one_s_own_machines_is_that_of_the_environment(
+    nodes: str, tmp_path: Path
+) -> None:
+    """A job's `python` is found by the PATH that `ray start` had; Ray adds nothing to it."""
+    programs = tmp_path / "venv" / "bin"
+    programs.mkdir(parents=True)
+    for name in ("ray", "python"):  # in place of Ray: what it would start for a job
+        (programs / name).write_text("#!/bin/sh\n[ $1 = stop ] || command -v python\n")
+        (programs / name).chmod(0o755)
+    for command in read("ray-up.yaml")[f"{nodes}_start_ray_commands"]:
+        environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"], "RAY_HEAD_IP": "h"}
+        shell = ["bash", "-c", f"true && ({command})"]  # each in a shell of its own, as by Ray
+        done = subprocess.run(shell, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(programs / "python")
 
 
 def test_the_image_holds_what_the_files_name() -> None:
