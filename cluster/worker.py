@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from goldcrest.cluster.artifact import Artifact, Output
 from goldcrest.cluster.errors import GoldcrestError, StepError, StoreError
-from goldcrest.cluster.masking import mask_secrets
+from goldcrest.cluster.masking import mask_secrets, mask_text
 from goldcrest.cluster.placement import own_resources, worker_resources
 from goldcrest.cluster.runtime import RayRuntime, limit_threads, seed_everything
 from goldcrest.cluster.source_hash import source_hash
@@ -280,7 +280,8 @@ class Teller:
 def captured_output(path: Path) -> Iterator[None]:
     """Send what this process prints, natively or from Python, to the end of the file `path`.
 
-    The stack of a fatal signal goes there too: it is all that such an end leaves behind.
+    The stack of a fatal signal goes there too: it is all that such an end leaves behind. Secrets
+    in the file are masked at the end, as only then native output is all there.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -306,6 +307,26 @@ def captured_output(path: Path) -> Iterator[None]:
         faulthandler.enable(2)
         with contextlib.suppress(OSError):
             stream.close()
+        with contextlib.suppress(OSError):
+            _mask_file(path)
+
+
+def _mask_file(path: Path) -> None:
+    """Mask the secrets in a text file, line by line: a log may be long."""
+    masked = path.with_name(f"{path.name}.masked")
+    secret = False
+    with (
+        path.open(encoding="utf-8", errors="backslashreplace", newline="") as before,
+        masked.open("w", encoding="utf-8", newline="") as after,
+    ):
+        for line in before:
+            told = mask_text(line)
+            secret |= told != line
+            after.write(told)
+    if secret:
+        masked.replace(path)
+    else:
+        masked.unlink()
 
 
 def _flush() -> None:

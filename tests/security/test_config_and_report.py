@@ -4,6 +4,7 @@ runs and figures that climb out of their folders, secrets on their way into file
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import time
 from html.parser import HTMLParser
@@ -250,6 +251,29 @@ def test_secrets_reach_no_manifest_record_or_event(
     for path in written:
         assert SECRET not in path.read_text(), path
     assert MANIFEST not in {path.name for path in written}
+
+
+PRINTS_SECRETS = """
+import os, sys
+from pathlib import Path
+from goldcrest.cluster.worker import captured_output
+with captured_output(Path(sys.argv[1])):
+    print("loading s3://KEY:%s@bucket, batch 3 of 7" % sys.argv[2])
+    os.write(2, ("native code says: hub_token=%s" % sys.argv[2]).encode() + bytes([10, 255, 10]))
+"""
+
+
+def test_what_steps_print_keeps_no_secrets(tmp_path: Path) -> None:
+    log = tmp_path / "logs" / "grow.log"
+    log.parent.mkdir()
+    log.write_text("an attempt that was killed: db_password=" + SECRET + "\n")
+    subprocess.run([sys.executable, "-c", PRINTS_SECRETS, str(log), SECRET], check=True)
+    lines = log.read_text().splitlines()
+    assert SECRET not in log.read_text()
+    assert lines[1:3] == [
+        "loading s3://***@bucket, batch 3 of 7", "native code says: hub_token=***"
+    ]  # fmt: skip
+    assert [path.name for path in log.parent.iterdir()] == ["grow.log"]
 
 
 def test_a_changed_secret_is_not_named_in_a_plan(
