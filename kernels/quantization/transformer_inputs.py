@@ -156,10 +156,12 @@ def _inputs(layers: Mapping[str, nn.Module], look: See) -> Iterator[None]:
 
 
 def _real(x: Tensor, mask: Tensor | None) -> Tensor:
-    """The rows (N, D) of (..., D) that the mask, if it is one of them, calls real."""
+    """The rows (N, D) of (B, T, D), or of (B T, D) as OPT's fc1 reads it, that the mask, if it is
+    one of them, calls real."""
     rows = x.detach().reshape(-1, x.shape[-1])
-    fits = mask is not None and x.ndim == 3 and tuple(mask.shape) == tuple(x.shape[:2])
-    return rows[mask.reshape(-1)] if fits and mask is not None else rows
+    if mask is None or tuple(x.shape[:-1]) not in (tuple(mask.shape), (mask.numel(),)):
+        return rows
+    return rows[mask.reshape(-1)]
 
 
 @contextmanager

@@ -56,8 +56,9 @@ def layer_inputs(layer: Layer, x: Tensor, mask: Tensor | None = None) -> Tensor:
     Args:
         layer: a linear layer or a convolution with zero padding.
         x: its input, (..., D) of a linear layer, (B, channels, T) of a convolution.
-        mask: (B, T), non-zero on real frames or tokens; padded ones are left out. Ignored for an
-            input without a time axis (a vector per utterance).
+        mask: (B, T), non-zero on real frames or tokens; padded ones are left out, also of an
+            input (B T, D) whose axes were flattened. Ignored for an input without a time axis (a
+            vector per utterance).
 
     Raises:
         ValueError: a convolution whose padding is not zeros, or a mask of another shape.
@@ -67,6 +68,8 @@ def layer_inputs(layer: Layer, x: Tensor, mask: Tensor | None = None) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1])
         if mask is not None and x.ndim == 3:
             _check_mask(mask, (x.shape[0], x.shape[1]))
+        flat = x.ndim == 2 and mask is not None and len(x) == mask.numel()  # OPT's fc1 and fc2
+        if mask is not None and (x.ndim == 3 or flat):
             tokens = tokens[mask.reshape(-1) != 0]
         return tokens.t()[None]
     columns_BDT = _unfold(layer, x.detach(), mask)

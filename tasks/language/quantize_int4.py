@@ -136,7 +136,7 @@ class Int4Config(Config):
         return self
 
 
-@task(cpus=0, timeout="7d")
+@task(cpus=0, timeout="7d", version=2)
 def quantize_int4(
     cfg: Int4Config, model: Artifact, tokens: Artifact, calibration: Artifact | None, out: Output
 ) -> None:

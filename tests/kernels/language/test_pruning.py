@@ -73,7 +73,7 @@ def test_each_block_is_fed_by_the_pruned_blocks_before_it() -> None:
         torch.testing.assert_close(weight, other.get_submodule(name).weight)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "t5"])
 def test_padding_never_enters_a_hessian(architecture: str) -> None:
     """Two rows padded to one length, against each row alone; a decoder's cross-attention reads
     the encoder's states, whose padding is not that of the decoder."""

@@ -18,6 +18,7 @@ STACKS = {
     "llama": [("model.layers", 3)],
     "gpt2": [("transformer.h", 3)],
     "mpt": [("transformer.blocks", 3)],
+    "opt": [("model.decoder.layers", 3)],
     "t5": [("encoder.block", 3), ("decoder.block", 3)],
     "bert": [("bert.encoder.layer", 3)],
     "whisper": [("model.encoder.layers", 2), ("model.decoder.layers", 3)],

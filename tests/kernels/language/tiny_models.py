@@ -16,6 +16,8 @@ from transformers import (
     LlamaForCausalLM,
     MptConfig,
     MptForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     WhisperConfig,
@@ -44,6 +46,15 @@ def mpt(**settings: Any) -> MptForCausalLM:
     """Fused query, key and value; ALiBi."""
     sizes = {"d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 64}
     return MptForCausalLM(MptConfig(vocab_size=VOCABULARY, **{**sizes, **_ENDS, **settings}))
+
+
+def opt(**settings: Any) -> OPTForCausalLM:
+    """Learned positions, and a feed-forward part that reads rows and positions as one axis."""
+    sizes = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 3, "word_embed_proj_dim": 32}
+    lengths = {"num_attention_heads": 4, "max_position_embeddings": 64}
+    return OPTForCausalLM(
+        OPTConfig(vocab_size=VOCABULARY, **{**sizes, **lengths, **_ENDS, **settings})
+    )
 
 
 def t5(**settings: Any) -> T5ForConditionalGeneration:
@@ -79,7 +90,7 @@ def whisper(**settings: Any) -> WhisperForConditionalGeneration:
 
 
 MODELS: dict[str, Callable[..., Any]] = {
-    each.__name__: each for each in (llama, gpt2, mpt, t5, bert, whisper)
+    each.__name__: each for each in (llama, gpt2, mpt, opt, t5, bert, whisper)
 }
 
 

@@ -28,6 +28,7 @@ SMALL: dict[str, dict[str, int]] = {
     "llama": {"num_hidden_layers": 2},
     "gpt2": {"n_layer": 2},
     "mpt": {"n_layers": 1},
+    "opt": {"num_hidden_layers": 1},
     "t5": {"num_layers": 1},
     "bert": {"num_hidden_layers": 1},
     "whisper": {"encoder_layers": 1, "decoder_layers": 1},
@@ -171,7 +172,7 @@ def test_scales_are_folded_into_norms_or_kept(architecture: str, method: str) ->
             step = quantized.scales[:, quantized.column_groups()]
             assert bool(((quantized.decode() - wanted).abs() <= 0.501 * step).all())
     assert folded or architecture == "bert"  # whose norms stand behind the residual sums
-    assert kept or architecture == "t5"  # where linear layers take all the others
+    assert kept or architecture in ("opt", "t5")  # where linear layers take all the others
 
 
 def test_scales_of_attention_and_gated_layers_go_into_v_and_up() -> None:
@@ -280,7 +281,10 @@ def test_layers_kept_float_are_scaled_with_the_norm_they_share() -> None:
 
 @pytest.mark.parametrize(
     ("method", "architecture"),
-    [*((method, "t5") for method in weight_only.methods()), ("gptq", "bert"), ("awq", "llama")],
+    [
+        *((method, "t5") for method in weight_only.methods()),
+        *(("gptq", "bert"), ("awq", "llama"), ("gptq", "opt"), ("awq", "opt")),
+    ],
 )
 def test_padding_counts_nowhere(method: str, architecture: str) -> None:
     """Other tokens under the mask, the same codes: in H, in inputs, in outputs."""
