@@ -13,13 +13,27 @@ from goldcrest.cluster.api import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
+_MAX_JSON = 1 << 20  # bytes; the description of a model with thousands of matrices has fewer
+
 
 def read_json(path: Path) -> Any:
     """The content of a bundle's JSON file; InputError where it can't be read."""
     try:
-        return json.loads(path.read_text("utf-8"))
+        with path.open("rb") as stream:
+            content = stream.read(_MAX_JSON + 1)
+        if len(content) > _MAX_JSON:
+            raise InputError(
+                f"{path} can't be read: it is larger than {_MAX_JSON >> 20} MiB",
+                hint="a bundle's JSON files are small: is it what was written with the bundle?",
+            )
+        return json.loads(content.decode("utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} can't be read: {error}") from error
+    except RecursionError:
+        raise InputError(
+            f"{path} can't be read: it is nested too deeply",
+            hint="a bundle's JSON files are flat: is it what was written with the bundle?",
+        ) from None
 
 
 def read_description(folder: Path, *, kind: str, schema: int) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from pydantic import Field
 from goldcrest.cluster.api import Config
 from goldcrest.cluster.errors import InputError
 from goldcrest.cluster.serving import ServingSettings, page
+from goldcrest.tasks.bundles import read_json
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -88,10 +88,7 @@ class ServedKind:
 def served_kind(folder: Path) -> tuple[ServedKind, str]:
     """The endpoint for the bundle in a folder, and the bundle's own name; InputError if none is."""
     path = folder / "bundle.json"
-    try:
-        description = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} can't be read: {error}") from error
+    description = read_json(path)
     kind = description.get("kind") if isinstance(description, dict) else None
     if not isinstance(kind, str) or kind not in _MODULES:
         raise InputError(

@@ -22,8 +22,10 @@ import pytest
 import requests
 
 from goldcrest.cluster.errors import InputError
+from goldcrest.pipelines.endpoints.bundles import served_kind
 from goldcrest.pipelines.endpoints.speaker_calibration import read_calibration
 from goldcrest.pipelines.endpoints.speaker_enrolments import Enrolments
+from goldcrest.tasks.speaker.bundle import read_description
 from tests.pipelines.speaker_server import Server, make_calibration, voice, wav
 
 LIMIT = 2_000_000  # bytes of a body, as the session's server is set
@@ -328,6 +330,25 @@ def test_a_calibration_that_is_none_is_refused(tmp_path: Path, content: bytes) -
     (tmp_path / "calibration.json").write_bytes(content)
     with pytest.raises(InputError, match=r"calibration\.json"):
         read_calibration(tmp_path, system="dense")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"[" * 500_000, "is nested too deeply"),
+        (b'{"a":' * 100_000, "is nested too deeply"),
+        (b" " * 2**20 + b"{}", "larger than 1 MiB"),
+        (b"\xff", "can't be read"),
+        (b"", "can't be read"),
+    ],
+)
+def test_a_crafted_description_is_refused(tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / "bundle.json"
+    path.write_bytes(content)
+    for read in (read_description, served_kind):
+        with pytest.raises(InputError, match=words) as refused:
+            read(tmp_path)
+        assert str(path) in str(refused.value)
 
 
 def test_a_foreign_database_is_refused(tmp_path: Path) -> None:
