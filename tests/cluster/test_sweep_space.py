@@ -93,6 +93,12 @@ def test_a_small_space_gives_every_point_once() -> None:
         Space.parse(FULL).grid_points(None)
 
 
+def test_the_last_points_of_a_space_are_found_too() -> None:
+    space = Space.parse({"a": {"choice": list(range(16))}, "b": {"choice": [1, 2, 3, 4]}})
+    for seed in range(10):
+        assert len(space.random_points(64, seed=seed)) == 64
+
+
 def test_a_space_is_read_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "space.yaml"
     path.write_text("learn.rate: {loguniform: [1e-4, 1e-2]}\n")
