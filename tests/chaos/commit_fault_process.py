@@ -1,19 +1,23 @@
 """Computes one key while a fault strikes at its n-th file operation; run as a script.
 
-    commit_fault_process.py URI FAULT MORE    FAULT is kill, full or bucket-kill
+    commit_fault_process.py URI FAULT MORE    FAULT is kill, full, bucket-kill or checkpoint-kill
 
-The artifact has two files and MORE further ones, each in a folder of its own.
+The artifact has two files and MORE further ones, each in a folder of its own. With
+checkpoint-kill the third checkpoint of a training is written instead.
 For n = 0, 1, 2, ... a forked child works on `URI/n` until one gets through undisturbed. Prints a
 line of JSON per child: {"n", "operation", "status"}, where `status` is "killed", "done", or the
 name and text of the error.
 """
 
 import errno
+import functools
 import hashlib
 import json
 import os
+import shutil
 import signal
 import sys
+from pathlib import Path
 
 from goldcrest.cluster.errors import StoreError
 from goldcrest.cluster.store import Store
@@ -37,6 +41,26 @@ def compute(store, more):
                 (folder / f"{number}" / "c.txt").write_text("gamma")
             store.commit(KEY, folder, {"step": "x"}, lease)
         store.drop_scratch(KEY)
+
+
+def write_checkpoints(scratch, *epochs):
+    """What a training of one worker leaves after these epochs; the one weight counts them."""
+    import torch
+
+    from goldcrest.cluster import checkpoints
+
+    for epoch in epochs:
+        folder = checkpoints.begin(scratch, epoch)
+        shard = {"weight:0:w": torch.full((6,), float(epoch))}
+        for name, tensors in {"shard-00000": shard, "whole": {}, "extra": {}}.items():
+            checkpoints.write_tensors(folder, name, tensors)
+        checkpoints.commit(
+            scratch,
+            checkpoints.Position(
+                epoch=epoch, step=epoch, seed=0, examples=1, config={}, shapes={"w": [6]},
+                aliases={}, history=[], totals={}, workers=1,
+            ),
+        )  # fmt: skip
 
 
 class Strike:
@@ -97,14 +121,16 @@ def watch_bucket(strike):
 
 def victim(uri, fault, more, n, pipe):
     """The child."""
-    store = Store.open(uri)
     strike = Strike(n, fault, pipe)
-    if fault == "bucket-kill":
-        watch_bucket(strike)
+    if fault == "checkpoint-kill":
+        work = functools.partial(write_checkpoints, Path(uri), 3)
+        watch_files(uri, strike)
     else:
-        watch_files(str(store.root), strike)
+        store = Store.open(uri)
+        work = functools.partial(compute, store, more)
+        watch_bucket(strike) if fault == "bucket-kill" else watch_files(str(store.root), strike)
     try:
-        compute(store, more)
+        work()
         status = "done"
     except StoreError as error:
         status = f"StoreError: {error}"
@@ -115,9 +141,14 @@ def victim(uri, fault, more, n, pipe):
 
 def main(uri, fault, more):
     """Strike everywhere."""
-    warm = Store.open(f"{uri}/warm")  # imports and caches happen before the first count
-    compute(warm, int(more))
+    # Imports and caches happen before the first count.
+    if fault == "checkpoint-kill":
+        write_checkpoints(Path(uri) / "warm", 1, 2)
+    else:
+        compute(Store.open(f"{uri}/warm"), int(more))
     for n in range(2000):
+        if fault == "checkpoint-kill":
+            shutil.copytree(f"{uri}/warm", f"{uri}/{n}")
         reader, writer = os.pipe()
         child = os.fork()
         if child == 0:

@@ -15,7 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from goldcrest.cluster import checkpoints
 from goldcrest.cluster.store import Store
+from tests.chaos.commit_fault_process import write_checkpoints
 
 KEY = hashlib.sha256(b"chaos").hexdigest()
 LONG = (pytest.mark.slow, pytest.mark.timeout(1800))
@@ -85,6 +87,27 @@ def test_kill_between_any_two_file_operations(tmp_path, record_property, more):
     there = [check_promise(Store.open(tmp_path / str(row["n"]))) for row in rows]
     commit_point = there.index(True)
     assert commit_point > 0 and all(there[commit_point:])  # one point, before nothing, then all
+    assert rows[commit_point - 1]["operation"].startswith("os.rename")
+
+
+@pytest.mark.scenario("a training is killed between any two file operations of a checkpoint")
+def test_kill_while_a_checkpoint_is_written(tmp_path, record_property):
+    rows = strike(str(tmp_path), "checkpoint-kill")
+    record_property("tried", len(rows) - 1)  # the last one ran undisturbed
+    assert len(rows) > 10
+    assert {row["status"] for row in rows[:-1]} == {"killed"}
+    epochs = []
+    for row in rows:
+        scratch = tmp_path / str(row["n"])
+        found = checkpoints.latest(scratch)
+        epochs.append(found.position.epoch)
+        assert found.piece("weight", "w", 0, 6).tolist() == [float(epochs[-1])] * 6
+        write_checkpoints(scratch, 3)  # the training goes on
+        assert checkpoints.latest(scratch).position.epoch == 3
+        names = [path.name for path in checkpoints.folder_of(scratch).iterdir()]
+        assert sorted(names) == ["epoch-00002", "epoch-00003"]
+    commit_point = epochs.index(3)
+    assert set(epochs[:commit_point]) == {2} and set(epochs[commit_point:]) == {3}
     assert rows[commit_point - 1]["operation"].startswith("os.rename")
 
 
