@@ -27,6 +27,9 @@ from goldcrest.tasks.language.bundle import LanguageModel, load_bundle
 from goldcrest.tasks.language.generation import GenerationSettings, Generator
 from goldcrest.tasks.language.harness import HarnessConfig, harness, plain_metrics
 from goldcrest.tasks.language.harness_model import BundleModel
+from goldcrest.tasks.language.quantize_int4 import Int4Config, quantize_int4
+from goldcrest.tasks.language.quantize_int8 import QuantizeInt8Config, quantize_int8
+from tests.tasks.language.language_toys import tokens_artifact
 
 ROWS = [
     {"question": "ab", "choices": ["cd", "ef", "x"], "gold": 1, "text": "abcdefgh"},
@@ -210,6 +213,38 @@ def test_local_tasks_on_a_bundle(run: RunTask, bundle: Artifact, tmp_path: Path)
     nll = -sum(BundleModel(model).loglikelihood_rolling(texts))
     assert found["tiny_rolling"]["byte_perplexity"] == pytest.approx(math.exp(nll / size), rel=1e-4)
     assert made.json("results")["dense"]["examples"]["tiny_choice"] == 3
+
+
+def test_every_kind_of_bundle_is_scored(
+    run: RunTask, bundle: Artifact, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Sparse, INT8 and INT4, in one step, each by what it computes itself."""
+    letters = tmp_path_factory.mktemp("tokenizer")
+    letter_tokenizer().save_pretrained(letters)
+    rows = tokens_artifact(tmp_path / "rows")
+    fewer = BundleToyConfig(architecture="gpt2", tokenizer=str(letters), sparsity=0.5)
+    eight = QuantizeInt8Config(calibration=4, calibration_length=16)
+    four = Int4Config(methods={"rtn": {}}, group_sizes=(32,), tolerance=1e9, calibration=2)
+    bundles = {
+        "dense": bundle,
+        "sparse_50": run(bundle_toy, fewer),
+        "int8": run(quantize_int8, eight, bundle, rows),
+        "int4": run(quantize_int4, four, bundle, rows, None),
+    }
+    texts = ["abcdefgh", "hello"]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": each}) for each in texts))
+    data = json.dumps(str(tmp_path / "rows.jsonl"))
+    (tmp_path / "rolling.yaml").write_text(ROLLING.replace("DATA", data))
+    config = HarnessConfig(tasks=("tiny_rolling",), folder=str(tmp_path), bootstrap=10)
+    found = run(harness, config, **bundles).metrics["harness"]
+    scores = {name: each["tiny_rolling"]["byte_perplexity"] for name, each in found.items()}
+    assert len(set(scores.values())) == 4
+    for name, made in bundles.items():
+        model = load_bundle(made.path)
+        ids = [model.tokenizer(text)["input_ids"] for text in texts]
+        likely = sum(log_probability(model, [1], each) for each in ids)
+        expected = math.exp(-likely / sum(map(len, texts)))
+        assert scores[name] == pytest.approx(expected, rel=1e-3)
 
 
 def test_what_the_harness_can_not_do_is_said(
