@@ -117,12 +117,21 @@ class Batches:
         asks = [ask for ask in asks if ask.answer.set_running_or_notify_cancel()]
         if not asks:
             return
-        try:
-            prompts = [ask.prompt for ask in asks]
-            answers = generator.generate(prompts, settings, _Batch(asks))
-        except BaseException as error:  # noqa: BLE001 - raised again where the answer is awaited
-            for ask in asks:
-                ask.answer.set_exception(error)
-        else:
-            for ask, answer in zip(asks, answers, strict=True):
-                ask.answer.set_result(answer)
+        _make(asks, generator, settings)
+
+
+def _make(asks: list[_Ask], generator: Generator, settings: GenerationSettings) -> None:
+    """Answer asks as one batch, or one by one where that fails: one of them may be to blame."""
+    try:
+        prompts = [ask.prompt for ask in asks]
+        answers = generator.generate(prompts, settings, _Batch(asks))
+    except BaseException as error:  # noqa: BLE001 - raised again where the answer is awaited
+        if len(asks) == 1:
+            asks[0].answer.set_exception(error)
+            return
+    else:
+        for ask, answer in zip(asks, answers, strict=True):
+            ask.answer.set_result(answer)
+        return
+    for ask in asks:  # out of the handler: what the batch held in memory is free again
+        _make([ask], generator, settings)

@@ -258,6 +258,33 @@ def test_a_stream_that_still_waits_can_be_left(generator: Watched) -> None:
     run(test)
 
 
+def test_a_fault_of_one_prompt_is_nobody_elses(generator: Watched) -> None:
+    """A batch that fails is run again prompt by prompt."""
+    batches = Batches(places=1, max_batch=16)
+    first, *asked = prompts(generator, 3)
+    alone = [generator.generate([each], SHORT)[0] for each in asked]
+    unknown = [10_000_000]  # no such token
+    generator.batches.clear()
+    generator.go.clear()
+
+    async def test() -> None:
+        ahead = asyncio.create_task(batches.answer("m", generator, first, SHORT))
+        await until(lambda: bool(generator.batches))
+        asks = [
+            asyncio.create_task(batches.answer("m", generator, each, SHORT))
+            for each in (asked[0], unknown, asked[1])
+        ]
+        await asyncio.sleep(0)
+        generator.go.set()
+        one, fault, other = await asyncio.gather(*asks, return_exceptions=True)
+        assert [one, other] == alone
+        assert isinstance(fault, InputError)
+        await ahead
+
+    run(test)
+    assert generator.batches == [1, 3, 1, 1, 1]
+
+
 def test_a_fault_reaches_everybody_who_waits(generator: Watched) -> None:
     batches = Batches(places=1, max_batch=16)
     (prompt,) = prompts(generator, 1)
