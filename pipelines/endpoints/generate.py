@@ -205,8 +205,7 @@ class GenerateEndpoint(Endpoint):
 
     async def chat(self, body: ChatRequest, request: Request) -> Any:
         """The assistant's next turn; without `max_tokens` as long as there is room."""
-        turns = tuple(message.model_dump() for message in body.messages)
-        return await self._answer(body, (turns,), body.limit, request.scope)
+        return await self._answer(body, (body.turns,), body.limit, request.scope)
 
     async def transcriptions(
         self,

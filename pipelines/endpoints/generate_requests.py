@@ -26,8 +26,10 @@ MAX_STOP_LENGTH = 256  # characters
 MAX_MESSAGES = 1024
 _SEEDS = 2**63
 
-# What the fields that are not built may be, other than null: the value that asks for nothing.
+# What the fields that are not built may be, other than null: the value that asks for (or says)
+# nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "annotations": ([],),
     "best_of": (1,),
     "echo": (False,),
     "frequency_penalty": (0, 0.0),
@@ -37,6 +39,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0, 0.0),
     "response_format": ({"type": "text"},),
     "suffix": ("",),
+    "tool_calls": ([],),
     "tools": ([],),
     "tool_choice": ("none",),
     "top_logprobs": (0,),
@@ -101,6 +104,13 @@ def _content(value: Any) -> str:
     return _text("".join(part["text"] for part in value))
 
 
+def _nothing(value: Any, info: ValidationInfo) -> None:
+    """The value of a field that is not built: null, or another that asks for nothing."""
+    neutral = _NEUTRAL[str(info.field_name)]
+    if value is not None and not any(type(value) is type(n) and value == n for n in neutral):
+        raise wrong("is not built here: leave it out")
+
+
 Prompts = Annotated[list[str | tuple[int, ...]], BeforeValidator(_prompts)]
 Stops = Annotated[list[str], BeforeValidator(_stops)]
 Content = Annotated[str, BeforeValidator(_content)]
@@ -153,10 +163,7 @@ class GenerateRequest(BaseModel):
     @field_validator(*_NEUTRAL, mode="before", check_fields=False)
     @classmethod
     def _not_built(cls, value: Any, info: ValidationInfo) -> None:
-        neutral = _NEUTRAL[str(info.field_name)]
-        if value is None or any(type(value) is type(n) and value == n for n in neutral):
-            return
-        raise wrong("is not built here: leave it out")
+        _nothing(value, info)
 
     @model_validator(mode="after")
     def _together(self) -> Self:
@@ -193,12 +200,28 @@ class CompletionRequest(GenerateRequest):
 
 
 class Message(BaseModel):
-    """One turn of a conversation."""
+    """One turn of a conversation.
+
+    An answer's message may be sent back as it came: what its clients add to its text is null or
+    empty. `name` is taken and not used: a play has no place for it, most templates neither.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Content = Field(description="text, or a list of parts of type `text`")
+    name: str | None = Field(None, max_length=64, description="accepted; nothing is done with it")
+
+    annotations: NotBuilt = None
+    audio: NotBuilt = None
+    function_call: NotBuilt = None
+    refusal: NotBuilt = None
+    tool_calls: NotBuilt = None
+
+    @field_validator("annotations", "tool_calls", mode="before")
+    @classmethod
+    def _empty(cls, value: Any, info: ValidationInfo) -> None:
+        _nothing(value, info)
 
 
 class ChatRequest(GenerateRequest):
@@ -223,6 +246,11 @@ class ChatRequest(GenerateRequest):
         if newer is not None and self.max_tokens not in (None, newer):
             raise wrong("max_tokens and max_completion_tokens differ: give one of them")
         return self
+
+    @property
+    def turns(self) -> tuple[dict[str, str], ...]:
+        """The messages for the model: a template may ask whether any other field is there."""
+        return tuple({"role": each.role, "content": each.content} for each in self.messages)
 
     @property
     def limit(self) -> int | None:

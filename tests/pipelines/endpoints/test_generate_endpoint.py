@@ -187,6 +187,18 @@ def test_a_chat_without_a_template_is_a_play(
     assert answer["id"].startswith("chatcmpl-")
 
 
+def test_an_answer_goes_back_as_the_next_requests_turn(
+    text_server: TextClient, direct: dict[str, Generator]
+) -> None:
+    body: Any = {"temperature": 0, "max_tokens": 9}
+    first = text_server.post("chat/completions", messages=TURNS, **body).json()
+    turns: Any = [*TURNS, first["choices"][0]["message"], {**TURNS[0], "name": "anna"}]
+    answer = text_server.post("chat/completions", messages=turns, **body)
+    assert answer.status_code == 200, answer.text
+    expected = greedy(direct["one"], play(turns), 9, "\nUser:")
+    assert answer.json()["choices"][0]["message"]["content"] == expected
+
+
 def test_a_chat_with_a_template_is_written_by_it(
     text_server: TextClient, direct: dict[str, Generator]
 ) -> None:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from goldcrest.pipelines.endpoints.generate_answers import AssistantMessage
 from goldcrest.pipelines.endpoints.generate_requests import ChatRequest, CompletionRequest
 
 JSON = st.recursive(
@@ -131,13 +132,31 @@ def test_messages_are_text_or_parts_of_text() -> None:
         {"content": [{"type": "text"}]},
         {"content": [{"type": "text", "text": "a", "more": 1}]},
         {"content": "a", "role": "tool"},
-        {"content": "a", "tool_calls": []},
+        {"content": "a", "tool_calls": [{"id": "1", "type": "function"}]},
+        {"content": "a", "function_call": {"name": "f", "arguments": ""}},
+        {"content": "a", "refusal": "no"},
+        {"content": "a", "name": 5},
+        {"content": "a", "name": "n" * 65},
+        {"content": "a", "unheard_of": None},
         {"content": "\ud800"},
     ],
 )
 def test_other_messages_are_refused(message: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=r"messages\.0"):
         chat(**message)
+
+
+def test_an_answers_message_may_be_sent_back() -> None:
+    """As the endpoint wrote it, and as OpenAI's client does that writes all fields that it knows.
+    The model gets the text alone: a template may ask whether there are `tool_calls`."""
+    answer = AssistantMessage(content="A bird.").model_dump(mode="json")
+    known = {"annotations": [], "audio": None, "function_call": None, "tool_calls": None}
+    for more in ({}, known, {"tool_calls": [], "annotations": None}):
+        turns = [{"role": "user", "content": "a", "name": "anna"}, {**answer, **more}]
+        assert ChatRequest.model_validate({"messages": turns}).turns == (
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "A bird."},
+        )
 
 
 def test_the_length_has_two_names() -> None:
