@@ -200,7 +200,7 @@ class GenerateEndpoint(Endpoint):
 
     async def completions(self, body: CompletionRequest, request: Request) -> Any:
         """Text that follows a prompt, or several prompts."""
-        limit = body.max_tokens or _COMPLETION_TOKENS
+        limit = body.max_tokens or min(_COMPLETION_TOKENS, self._settings.max_tokens)
         return await self._answer(body, tuple(body.prompt), limit, request.scope)
 
     async def chat(self, body: ChatRequest, request: Request) -> Any:

@@ -135,7 +135,7 @@ class TextModels:
 
     def __init__(self, *, max_context: int, parallel: int, max_batch: int, cpus: float) -> None:
         limit_threads(cpus)
-        self._max_context = max_context
+        self._max_context, self._max_batch = max_context, max_batch
         self._batches = Batches(places=parallel, max_batch=max_batch)
         self._warm: WeakValueDictionary[str, Loaded] = WeakValueDictionary()  # those that ran
 
@@ -241,7 +241,7 @@ class TextModels:
     @serve.multiplexed(max_num_models_per_replica=bundles.MOST_HELD)  # type: ignore[untyped-decorator]
     async def _model(self, model: str) -> Loaded:
         """Load a bundle; the id names the content, so a folder that changed is another model."""
-        return await asyncio.to_thread(_load, model)
+        return await asyncio.to_thread(_load, model, self._max_batch)
 
 
 def _count(prepared: Sequence[Prepared]) -> int:
@@ -259,14 +259,14 @@ def _choices(
     ]
 
 
-def _load(model: str) -> Loaded:
+def _load(model: str, max_batch: int) -> Loaded:
     folder = bundles.folder_of(model)
     if model_id(folder) != model:
         raise InputError(f"the bundle {folder} has changed since it was taken into service")
     bundle = load_bundle(folder)
     if bundle.facts["family"] == "speech":
-        return Loaded(Transcriber(bundle), None)
-    generator = Generator(bundle)
+        return Loaded(Transcriber(bundle, batch_size=max_batch), None)
+    generator = Generator(bundle, batch_size=max_batch)
     return Loaded(generator, PromptReader(generator.bundle))
 
 

@@ -1,0 +1,67 @@
+"""The model side of the generate endpoint, and what it is asked by default, without Serve."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.serve import multiplex
+
+from goldcrest.pipelines.endpoints import generate_models
+from goldcrest.pipelines.endpoints.generate import GenerateEndpoint, GenerateSettings
+from goldcrest.pipelines.endpoints.generate_calls import Served
+from goldcrest.pipelines.endpoints.generate_models import (
+    Completed,
+    Job,
+    Loaded,
+    TextModels,
+    model_id,
+)
+from goldcrest.pipelines.endpoints.generate_requests import CompletionRequest
+from tests.pipelines.text_server import make_speech_bundle, make_text_bundle
+
+
+@pytest.fixture
+def replica(monkeypatch: pytest.MonkeyPatch) -> TextModels:
+    """A replica that has loaded nothing yet."""
+    context = SimpleNamespace(app_name="a", deployment="d", replica_id="r")
+    pusher = SimpleNamespace(register_or_update_task=lambda *_: None, start=lambda: None)
+    monkeypatch.setattr(multiplex, "_get_internal_replica_context", lambda: context)
+    monkeypatch.setattr(multiplex, "MetricsPusher", lambda: pusher)
+    monkeypatch.setattr(generate_models, "limit_threads", lambda _: None)
+    return TextModels(max_context=100, parallel=1, max_batch=64, cpus=1)
+
+
+@pytest.mark.parametrize("make", [make_text_bundle, make_speech_bundle])
+def test_a_batch_of_the_replica_is_one_of_the_model(
+    replica: TextModels, tmp_path: Path, make: Any
+) -> None:
+    """Else prompts that share a place would wait for each other in batches of another size."""
+    model = model_id(make(tmp_path / "bundle"))
+    loaded: Loaded = asyncio.run(replica._model(model))
+    assert loaded.generator.batch_size == 64
+
+
+@pytest.mark.parametrize(("most", "expected"), [(8, 8), (16, 16), (500, 16)])
+def test_the_default_length_is_one_that_is_allowed(
+    monkeypatch: pytest.MonkeyPatch, most: int, expected: int
+) -> None:
+    """OpenAI's 16 tokens, where the endpoint's own limit is not below them."""
+    asked: list[Job] = []
+
+    async def complete(_: Served, job: Job) -> Completed:
+        asked.append(job)
+        return Completed([], 1)
+
+    monkeypatch.setattr(Served, "complete", complete)
+    nothing: Any = None
+    endpoint = GenerateEndpoint(
+        GenerateSettings(models={"bundles": {"one": "/one"}}, max_tokens=most), nothing
+    )
+    endpoint._served = {"one": Served("one", "f", nothing, {})}
+    request: Any = SimpleNamespace(scope={})
+    asyncio.run(endpoint.completions(CompletionRequest(prompt="a"), request))  # type: ignore[arg-type]
+    assert [job.max_tokens for job in asked] == [expected]
