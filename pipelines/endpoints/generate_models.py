@@ -222,12 +222,16 @@ class TextModels:
         except InputError as error:
             raise _RefusedError("invalid_prompt", str(error), param) from None
         context = min(generator.context or self._max_context, self._max_context)
-        beside = len(ids) if generator.family == "causal" else 0  # an encoder's context is its own
-        wanted = job.max_tokens or max(1, min(settings.max_new_tokens, context - beside))
-        if len(ids) > context or beside + wanted > context:
+        if generator.family == "causal":
+            room, limits = context - len(ids), f"{context} tokens"
+        else:  # an encoder's context is its own
+            room = min(generator.longest_answer or self._max_context, self._max_context)
+            limits = f"{context} tokens of the prompt and {room} of the answer"
+        wanted = job.max_tokens or max(1, min(settings.max_new_tokens, room))
+        if len(ids) > context or wanted > room:
             raise _RefusedError(
                 "context_length_exceeded",
-                f"the model's context is {context} tokens; the prompt has {len(ids)}, and "
+                f"the model's context is {limits}; the prompt has {len(ids)}, and "
                 f"{wanted} more are wanted for the answer",
                 param,
             )

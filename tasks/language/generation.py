@@ -29,7 +29,7 @@ from goldcrest.cluster.api import Config, InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, PreTrainedConfig
 
     from goldcrest.tasks.language.bundle import LanguageModel
 
@@ -46,6 +46,9 @@ _OF_THE_MODEL = (
     *("suppress_tokens", "begin_suppress_tokens"),
 )
 """What a model's folder says of the tokens it can write; the rest of it is taste."""
+_ENCODER = ("max_encoder_position_embeddings", "max_position_embeddings")
+_DECODER = ("max_decoder_position_embeddings", "max_target_positions", "max_position_embeddings")
+"""Fields by which configs of encoder-decoders name their positions, the narrower ones first."""
 
 
 class GenerationSettings(Config):
@@ -114,8 +117,29 @@ def without_taste(known: GenerationConfig) -> GenerationConfig:
     )
 
 
+def _limits(config: PreTrainedConfig, family: str) -> tuple[int | None, int | None]:
+    """Tokens that a prompt (of a causal model: with its answer) and an answer may have.
+
+    None: any number. T5 has relative positions, and no limit, though its configs may name
+    `n_positions`: of an encoder-decoder that field means nothing.
+    """
+    from goldcrest.kernels.language.architectures import longest_text
+
+    def first(names: Sequence[str]) -> int | None:
+        values = (getattr(config, name, None) for name in names)
+        return next((value for value in values if isinstance(value, int)), None)
+
+    if family == "seq2seq":
+        return first(_ENCODER), first(_DECODER)
+    return (longest_text(config) if family == "causal" else None), None
+
+
 class Generator:
-    """Text from one loaded bundle."""
+    """Text from one loaded bundle.
+
+    `context`: tokens that a prompt may have, of a causal model together with its answer;
+    `longest_answer`: those of an encoder-decoder's answer. None: any number.
+    """
 
     families: tuple[str, ...] = WRITERS
 
@@ -125,8 +149,6 @@ class Generator:
         The model's `generation_config` keeps its special tokens only (`without_taste`). Raises
         InputError for a model that can't continue a text: an encoder, a speech model.
         """
-        from goldcrest.kernels.language.architectures import longest_text
-
         self.family: str = model.facts["family"]
         if self.family not in self.families:
             raise InputError(
@@ -137,7 +159,7 @@ class Generator:
         self.model: Any = model.model  # `generate` is mixed in by the library, untyped
         self.model.generation_config = without_taste(self.model.generation_config)
         self.batch_size = batch_size
-        self.context = longest_text(self.model.config) if self.family == "causal" else None
+        self.context, self.longest_answer = _limits(self.model.config, self.family)
 
     def generate(
         self,
@@ -193,7 +215,14 @@ class Generator:
                 "the prompt is empty and the tokenizer has no token that begins a text",
                 hint="write at least one character",
             )
-        if self.context is not None and len(ids) >= self.context:
+        if self.context is None:
+            return ids
+        if self.family == "seq2seq" and len(ids) > self.context:
+            raise InputError(
+                f"the prompt has {len(ids)} tokens; the model's encoder reads {self.context}",
+                hint="shorten the prompt",
+            )
+        if self.family == "causal" and len(ids) >= self.context:
             raise InputError(
                 f"the prompt has {len(ids)} tokens, which leaves no room for an answer in the "
                 f"model's context of {self.context}",
@@ -226,8 +255,7 @@ class Generator:
         Prompts of a batch have the same room: one that is near the end of its context must not
         cut the others short, nor be carried beyond it by them.
         """
-        limit = self.context
-        rooms = [wanted if limit is None else min(wanted, limit - length) for length in lengths]
+        rooms = [self._room(length, wanted) for length in lengths]
         batch: list[int] = []
         for place in sorted(range(len(lengths)), key=lambda i: (rooms[i], lengths[i], i)):
             if batch and (len(batch) == self.batch_size or rooms[place] != rooms[batch[0]]):
@@ -236,6 +264,13 @@ class Generator:
             batch.append(place)
         if batch:
             yield batch, rooms[batch[0]]
+
+    def _room(self, length: int, wanted: int) -> int:
+        """Tokens that a prompt of so many may be answered by: a decoder has a context of its own,
+        in which a start token stands and the last token needs no place."""
+        if self.family == "seq2seq":
+            return wanted if self.longest_answer is None else min(wanted, self.longest_answer)
+        return wanted if self.context is None else min(wanted, self.context - length)
 
     def _run(
         self,

@@ -20,8 +20,11 @@ from goldcrest.pipelines.endpoints.generate_models import (
     TextModels,
     model_id,
 )
+from goldcrest.pipelines.endpoints.generate_prompts import PromptReader
 from goldcrest.pipelines.endpoints.generate_requests import CompletionRequest
+from goldcrest.tasks.language.generation import GenerationSettings, Generator
 from tests.pipelines.text_server import make_speech_bundle, make_text_bundle
+from tests.tasks.language.writing_models import tiny_bundle
 
 
 @pytest.fixture
@@ -43,6 +46,23 @@ def test_a_batch_of_the_replica_is_one_of_the_model(
     model = model_id(make(tmp_path / "bundle"))
     loaded: Loaded = asyncio.run(replica._model(model))
     assert loaded.generator.batch_size == 64
+
+
+def test_an_encoder_decoder_refuses_what_has_no_positions(replica: TextModels) -> None:
+    """The prompt by those of the encoder, the answer by those of the decoder."""
+    bundle = tiny_bundle("t5")
+    bundle.model.config.max_position_embeddings = 20
+    loaded = Loaded(Generator(bundle), PromptReader(bundle))
+    settings = GenerationSettings(max_new_tokens=500)
+
+    def prepared(prompt: str, tokens: int | None) -> list[tuple[int, int]]:
+        made = replica._prepare(loaded, Job((prompt,), settings, tokens))
+        return [(len(each.tokens), each.settings.max_new_tokens) for each in made]
+
+    assert prepared("p" * 19, None) == prepared("p" * 19, 20) == [(20, 20)]
+    for prompt, tokens in (("p" * 20, 1), ("p", 21)):
+        with pytest.raises(Exception, match="20 tokens of the prompt and 20 of the answer"):
+            prepared(prompt, tokens)
 
 
 @pytest.mark.parametrize(("most", "expected"), [(8, 8), (16, 16), (500, 16)])

@@ -11,9 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTokenizerFast
 
 from goldcrest.cluster.api import InputError
+from goldcrest.tasks.language.bundle import LanguageModel
 from goldcrest.tasks.language.generation import GenerationSettings, Generator, Piece
 from goldcrest.tasks.language.sampling import GumbelNoise
 from goldcrest.tasks.language.transcript import Transcript, overlap
@@ -150,6 +151,41 @@ def test_the_context_ends_an_answer_and_refuses_a_prompt() -> None:
         generator.generate(["p" * 63], GenerationSettings())
     with pytest.raises(InputError, match="no room"):
         generator.stream("p" * 63, GenerationSettings())  # before a piece is asked for
+
+
+def learned_positions(places: int) -> LanguageModel:
+    """A tiny BART, whose encoder and decoder have a table of so many positions each."""
+    tokenizer = byte_tokenizer()
+    sizes = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2}
+    sizes |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    sizes |= {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": places}
+    ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+    config = BartConfig(
+        vocab_size=len(tokenizer), **sizes, **ends, forced_eos_token_id=None, init_std=0.7
+    )
+    torch.manual_seed(0)
+    model = BartForConditionalGeneration(config).eval()
+    model.final_logits_bias[:, : len(SPECIAL)] = -1e9  # its answers end where its room does
+    return LanguageModel({"name": "dense", "family": "seq2seq"}, model, tokenizer)
+
+
+def test_an_encoder_decoder_has_as_many_places_as_its_positions() -> None:
+    """The prompt has those of the encoder, the answer those of the decoder, up to the last."""
+    generator = Generator(learned_positions(16))
+    chosen = GenerationSettings(max_new_tokens=20)
+    made = generator.generate(["p" * 15, "short"], chosen)  # and the token that ends a text
+    assert [(each.prompt_tokens, len(each.tokens)) for each in made] == [(16, 16), (6, 16)]
+    assert [each.token for each in generator.stream("short", chosen)][:-1] == list(made[1].tokens)
+    with pytest.raises(InputError, match="has 17 tokens; the model's encoder reads 16"):
+        generator.generate(["p" * 16], chosen)
+
+
+def test_relative_positions_have_no_end() -> None:
+    """Whatever T5's configs say of positions that the model does not have."""
+    bundle = tiny_bundle("t5", n_positions=16)
+    bundle.model.generation_config.eos_token_id = None
+    (made,) = Generator(bundle).generate(["p" * 40], GenerationSettings(max_new_tokens=20))
+    assert made.prompt_tokens == 41
 
 
 def test_a_prompt_may_be_given_as_tokens_of_the_vocabulary() -> None:
