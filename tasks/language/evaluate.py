@@ -10,8 +10,10 @@ difference to it: all models answer the same examples. Percentages are 0 to 100;
 error rates (ter, wer, cer) are better when lower.
 
 Metrics: language.<model>.{perplexity, bits_per_char, bits_per_byte, entropy, <task metric>} and
-`<each>_ci`; language_minus_dense.<model>.<each>{,_ci}; models.<model>.{bytes, parameters, sparsity,
-bits, tokens_per_second, first_token_ms, next_token_ms, peak_mb, ...} (the last four are measured).
+`<each>_ci`; language.<model>.unanswered: prompts that the model can't read, being longer than its
+context, say (their answer is ""); language_minus_dense.<model>.<each>{,_ci}; models.<model>.{bytes,
+parameters, sparsity, bits, tokens_per_second, first_token_ms, next_token_ms, peak_mb, ...} (the
+last four are measured).
 
 Artifact: losses (model, row, nll, entropy, tokens, characters, bytes), answers (model, id, prompt,
 answer, references: some to read), prompts (bos: whether they began with the tokenizer's bos, as the
@@ -176,7 +178,7 @@ def _answers(
     if not writers or wanted == 0:
         return {}
     how = (cfg.generation, cfg.batch_prompts, _device(out))
-    answer: Callable[[Any], list[str]]
+    answer: Callable[[Any], Sequence[str | None]]
     shards: list[Any]
     if facts[writers[0]]["family"] == "speech":
         path, places, examples = _utterances(cfg, corpus, tokens, wanted, out.seed)
@@ -199,16 +201,30 @@ def _answers(
     out.progress(None, f"answers of {len(writers)} models to {len(prompts)} prompts")
     done = out.runtime.map(answer, shards, gpus=out.runtime.gpus, note="answers")
     texts = [text for part in done for text in part]
-    by_model = {
-        name: texts[place * len(prompts) : (place + 1) * len(prompts)]
-        for place, name in enumerate(writers)
-    }
+    by_model = _by_model(writers, texts, out)
     out.table("answers", _answer_table(by_model, examples, prompts, cfg.shown))
     score = functools.partial(
         _score, examples=examples, metrics=cfg.metrics, plain_speech=cfg.plain_speech
     )
     scored = out.runtime.map(score, list(by_model.values()), note="metrics")
     return dict(zip(writers, scored, strict=True))
+
+
+def _by_model(
+    writers: Sequence[str], texts: Sequence[str | None], out: Output
+) -> dict[str, list[str]]:
+    """Answers by model. What it could not read has the answer "", and is counted."""
+    each = len(texts) // len(writers)
+    found: dict[str, list[str]] = {}
+    for place, name in enumerate(writers):
+        given = texts[place * each : (place + 1) * each]
+        missing = given.count(None)
+        out.metrics(language={name: {"unanswered": missing}})
+        if missing:
+            said = f"{missing} of {each} prompts: too long for it, or without any token"
+            out.progress(None, f"{name} can't read {said}")
+        found[name] = [text or "" for text in given]
+    return found
 
 
 def _examples(

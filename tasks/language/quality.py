@@ -25,9 +25,12 @@ if TYPE_CHECKING:
     from goldcrest.kernels.metrics.perplexity import RowSums
     from goldcrest.tasks.data.tokens import TokenRow
     from goldcrest.tasks.language.bundle import LanguageModel
+    from goldcrest.tasks.language.generation import Generator
 
 CONTINUED_WORDS = 12
 """Words of a text without a prompt that a model is given to go on from."""
+CONTINUED_BYTES = 128
+"""The most of them in UTF-8: some scripts have no spaces, and a tokenizer may know only bytes."""
 LOWER_IS_BETTER = {"perplexity", "bits_per_char", "bits_per_byte", "ter", "wer", "cer"}
 ON_TOKENS = ("perplexity", "bits_per_char", "bits_per_byte", "entropy")
 SPEECH_METRICS = {"wer", "cer"}
@@ -157,14 +160,24 @@ class AnswerShard:
     bos: bool  # whether prompts begin as the token rows do
 
 
-def answers(shard: AnswerShard) -> list[str]:
-    """The text that the bundle writes after every prompt."""
+def answers(shard: AnswerShard) -> list[str | None]:
+    """The text that the bundle writes after every prompt; None: it can't read the prompt."""
     from goldcrest.tasks.language.generation import Generator
 
     bundle = load_on(shard.folder, shard.device)
     bundle = replace(bundle, facts={**bundle.facts, "bos": shard.bos})
     generator = Generator(bundle, batch_size=shard.batch_size)
-    return [each.text for each in generator.generate(shard.prompts, shard.settings)]
+    read = [_readable(generator, prompt) for prompt in shard.prompts]
+    made = iter(generator.generate([ids for ids in read if ids is not None], shard.settings))
+    return [None if ids is None else next(made).text for ids in read]
+
+
+def _readable(generator: Generator, prompt: str) -> list[int] | None:
+    """A prompt's tokens; None if there are none, or more than fit the model's context."""
+    try:
+        return generator.encode(prompt)
+    except InputError:
+        return None
 
 
 @dataclass(frozen=True)
@@ -196,4 +209,7 @@ def transcripts(shard: SpeechShard) -> list[str]:
 
 def prompt_of(example: Example) -> str:
     """What a model is given: the prompt, or the first words of a text without one."""
-    return example.prompt or " ".join(example.answer.split()[:CONTINUED_WORDS])
+    if example.prompt:
+        return example.prompt
+    first = " ".join(example.answer.split()[:CONTINUED_WORDS])
+    return first.encode()[:CONTINUED_BYTES].decode(errors="ignore")  # not half a character

@@ -17,9 +17,11 @@ from goldcrest.tasks.data.tokens import TokenReader
 from goldcrest.tasks.language.bundle import bundle_bytes, load_bundle, read_description
 from goldcrest.tasks.language.evaluate import EvaluateTextConfig, evaluate_text
 from goldcrest.tasks.language.evaluation_figures import families, shown_metrics
+from goldcrest.tasks.language.examples import Example
 from goldcrest.tasks.language.generation import GenerationSettings, Generator
 from goldcrest.tasks.language.prepare import TextConfig, prepare_text
 from goldcrest.tasks.language.publish import PublishTextConfig, publish_text
+from goldcrest.tasks.language.quality import prompt_of
 from goldcrest.tasks.language.speed import SpeedConfig, measure_speed
 from goldcrest.tasks.language.tokenizer import TokenizerConfig, tokenizer
 from goldcrest.tasks.language.tokens import TokensConfig, tokens
@@ -103,6 +105,7 @@ def test_quality_of_the_bundles(chain: Chain, evaluation: Artifact) -> None:
     dense, sparse = language["dense"], language["sparse_60"]
     assert dense["exact_match"] == 100
     assert dense["exact_match_ci"] == [100, 100]
+    assert dense["unanswered"] == sparse["unanswered"] == 0
     assert 0 <= sparse["exact_match"] < 100
     assert sparse["chrf"] < dense["chrf"] == pytest.approx(100)
 
@@ -217,6 +220,41 @@ def test_plain_text_is_continued_to_be_read(chain: Chain, tmp_path: Path) -> Non
     assert texts[0]["references"][0].startswith(texts[0]["prompt"])
     with pytest.raises(StepError, match="no prompt with an answer, which exact_match, chrf"):
         chain.run(evaluate_text, CONFIG, corpus, chain.tokens, dense=chain.dense)
+
+
+def test_a_prompt_beyond_the_context_has_no_answer_and_is_counted(
+    chain: Chain, tmp_path: Path
+) -> None:
+    """GPT-2 has 64 positions. The token rows drop the example; the evaluation goes on as well."""
+    prompts = [f"{n:02d}" * times for n in range(40) for times in (1, 35)]
+    path = tmp_path / "texts.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": each, "answer": "c"}) for each in prompts))
+    corpus = chain.run(prepare_text, TextConfig(paths=(str(path),), test_share=0.3))
+    encoder = chain.run(
+        tokenizer, TokenizerConfig(method="load", path=str(chain.tokenizer)), corpus
+    )
+    encoded = chain.run(tokens, TokensConfig(length=40), corpus, encoder)
+    model = chain.run(
+        bundle_toy, BundleToyConfig(architecture="gpt2", tokenizer=str(chain.tokenizer))
+    )
+    metrics = ("exact_match", "bleu", "chrf", "ter", "rouge1", "rougeL", "wer", "cer")
+    config = CONFIG.model_copy(update={"metrics": metrics, "shown": 100})
+    made = chain.run(evaluate_text, config, corpus, encoded, dense=model)
+    found = made.metrics["language"]["dense"]
+    shown = made.table("answers").to_pylist()
+    long = [row for row in shown if len(row["prompt"]) > 64]
+    assert 0 < len(long) < len(shown) == found["examples"]
+    assert found["unanswered"] == len(long)
+    assert [row for row in shown if not row["answer"]] == long
+
+
+@pytest.mark.parametrize("text", ["鶲" * 500, "🐦" * 500, "ไทย" * 500, "слово " * 500, "ab" * 500])
+def test_a_text_is_continued_from_little_with_or_without_spaces(text: str) -> None:
+    """A token is a byte at the least, so half the context of 256 is left for the answer."""
+    prompt = prompt_of(Example("1", "", text))
+    assert text.startswith(prompt)
+    assert 64 < len(prompt.encode()) <= 128
+    assert prompt_of(Example("1", "asked", text)) == "asked"
 
 
 def test_no_model_and_no_rows_are_said(chain: Chain) -> None:
