@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from goldcrest.kernels import sparsity as family
 from goldcrest.kernels.language.block_outputs import is_encoder
 from goldcrest.kernels.language.sequential import Batch, BlockStep, calibration, walk
-from goldcrest.kernels.language.stacks import block_linears
+from goldcrest.kernels.language.stacks import block_linears, check_compressible
 from goldcrest.kernels.sparsity.hessian import weight_matrix
 from goldcrest.kernels.sparsity.masks import Masks
 from goldcrest.kernels.sparsity.model import hessians, left_out, prune_layer
@@ -64,8 +64,9 @@ def prune_blocks(
 
     Raises:
         ValueError: no batches, an unknown method or layer, inputs that are not finite, a pattern
-            that does not divide a layer's inputs.
+            that does not divide a layer's inputs, a mixture of experts.
     """
+    check_compressible(model)
     rule = family.load(method)
     names = prunable_linears(model, skip)
     shares = dict.fromkeys(names, sparsity)

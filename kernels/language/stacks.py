@@ -18,6 +18,10 @@ from transformers.pytorch_utils import Conv1D
 LINEAR_TYPES = (nn.Linear, Conv1D)
 """Layers that multiply by a matrix; GPT-2's `Conv1D` stores it transposed."""
 
+OUTSIDE_SHARE = 0.1
+"""Of a block's weights, what may lie outside of linear layers. Convolutions and tables of relative
+positions stay below, experts make up more than half (counted over the library's architectures)."""
+
 
 @dataclass(frozen=True)
 class Block:
@@ -65,6 +69,33 @@ def stacks(model: nn.Module) -> list[Stack]:
 def block_linears(model: nn.Module) -> list[str]:
     """Names of every linear layer inside the model's blocks, stack by stack."""
     return [name for stack in stacks(model) for block in stack.blocks for name in block.linears()]
+
+
+def check_compressible(model: nn.Module) -> None:
+    """Raise ValueError where much of the blocks' weights belongs to no linear layer.
+
+    The library keeps a mixture's experts as tensors of three axes: pruning and quantization would
+    pass them by, and yet report the sparsity and the bits of what little they reached.
+    """
+    total, outside = 0, {}
+    for stack in stacks(model):
+        for block in stack.blocks:
+            linears = [each for each in block.module.modules() if isinstance(each, LINEAR_TYPES)]
+            inside = {id(value) for each in linears for value in each.parameters()}
+            for name, value in block.module.named_parameters():
+                if value.ndim >= 2:  # a matrix or more: no bias, no gain
+                    total += value.numel()
+                    if id(value) not in inside:
+                        outside[f"{block.name}.{name}"] = value.numel()
+    share = sum(outside.values()) / max(total, 1)
+    if share > OUTSIDE_SHARE:
+        largest = sorted(outside, key=lambda name: -outside[name])
+        more = f" and {len(largest) - 2} more" if len(largest) > 2 else ""
+        raise ValueError(
+            f"{type(model).__name__} keeps {share:.0%} of its blocks' weights outside of linear "
+            f"layers ({', '.join(largest[:2])}{more}), where pruning and quantization do not reach "
+            "them: mixtures of experts can't be compressed, take a model without experts"
+        )
 
 
 def _holds_linears(modules: nn.ModuleList) -> bool:

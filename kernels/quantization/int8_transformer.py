@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from goldcrest.kernels.language.sequential import Batch, walk
-from goldcrest.kernels.language.stacks import LINEAR_TYPES
+from goldcrest.kernels.language.stacks import LINEAR_TYPES, check_compressible
 from goldcrest.kernels.quantization import gptq, smoothing
 from goldcrest.kernels.quantization.calibration import MinMax, Percentile
 from goldcrest.kernels.quantization.int8 import grid_of_range, quantize_weight, weight_scales
@@ -110,11 +110,13 @@ def quantize(
 
     Raises:
         ValueError: no batches, activations that are not finite, an unknown operation to skip, an
-            architecture whose attention can't be reached or does what is not built.
+            architecture whose attention can't be reached or does what is not built, a mixture of
+            experts.
     """
     settings = settings or Settings()
     if not batches:
         raise ValueError("quantization needs at least one calibration batch")
+    check_compressible(model)
     model.eval()
     _untie(model)
     attentions = _attentions(model, batches[0]) if settings.attention else []

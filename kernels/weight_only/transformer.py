@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from goldcrest.kernels import weight_only as family
 from goldcrest.kernels.language.padding import is_decoder, token_mask
 from goldcrest.kernels.language.sequential import Batch, BlockStep, walk
-from goldcrest.kernels.language.stacks import block_linears, stacks
+from goldcrest.kernels.language.stacks import block_linears, check_compressible, stacks
 from goldcrest.kernels.language.wiring import SharedInput, linear_makers, shared_inputs
 from goldcrest.kernels.sparsity.hessian import weight_matrix
 from goldcrest.kernels.weight_only import calibrated, folding, sensitivity
@@ -85,8 +85,10 @@ def quantize(
     Returns a description as plain JSON, enough for `install`.
 
     Raises ValueError for a name that fits no layer, layers whose inputs do not divide into groups,
-    no batches, and what the method refuses. A model that raised while it ran is half quantized.
+    no batches, a mixture of experts, and what the method refuses. A model that raised while it ran
+    is half quantized.
     """
+    check_compressible(model)
     rule = family.load(method)
     plan = _Plan(
         method=rule,

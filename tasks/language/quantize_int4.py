@@ -252,11 +252,16 @@ def _recipes(
 ) -> tuple[list[Recipe], dict[int, str]]:
     """Recipes in the order they are tried, and why group sizes were left out."""
     from goldcrest.kernels.language.architectures import bare_model
+    from goldcrest.kernels.language.stacks import check_compressible
     from goldcrest.kernels.weight_only.grid import GridSettings
     from goldcrest.kernels.weight_only.search import Recipe, ordered
     from goldcrest.kernels.weight_only.transformer import check_groups, layers_at
 
     bare = bare_model(load_config(material.bundle), material.family)
+    try:
+        check_compressible(bare)
+    except ValueError as error:
+        raise InputError(str(error)) from error
     try:
         spared = layers_at(bare, cfg.high_precision)
     except ValueError as error:

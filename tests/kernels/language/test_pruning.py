@@ -145,6 +145,8 @@ def test_what_is_skipped_stays_dense_and_bad_input_is_told() -> None:
         prunable_linears(model, ["lm_head"])
     with pytest.raises(ValueError, match="no calibration batches"):
         prune(model, [])
+    with pytest.raises(ValueError, match="can't be compressed, take a model without experts"):
+        prune(tiny_models.mixtral().eval(), inputs("llama"))
     with torch.no_grad():
         model.model.embed_tokens.weight.fill_(torch.nan)
     with pytest.raises(ValueError, match="NaN or infinite"):

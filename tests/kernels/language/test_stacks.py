@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import BloomConfig, BloomForCausalLM
 
 from goldcrest.kernels.language.sequential import calibration, rows_of, walk
-from goldcrest.kernels.language.stacks import block_linears, stacks
+from goldcrest.kernels.language.stacks import block_linears, check_compressible, stacks
 from goldcrest.kernels.language.wiring import shared_inputs
 from goldcrest.kernels.sparsity.model import hessians
 from tests.kernels.language import tiny_models
@@ -57,6 +58,23 @@ def test_head_and_embeddings_are_no_block_layers(model: Any) -> None:
 def test_a_model_without_blocks_is_refused() -> None:
     with pytest.raises(ValueError, match="Sequential has no list of blocks"):
         stacks(nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_experts_that_nothing_would_compress_are_refused() -> None:
+    """They are no linear layers: attention alone would be pruned, and 75 % reported."""
+    message = (
+        r"MixtralForCausalLM keeps 86% of its blocks' weights outside of linear layers "
+        r"\(model\.layers\.0\.mlp\.experts\.gate_up_proj, .*without experts"
+    )
+    with pytest.raises(ValueError, match=message):
+        check_compressible(tiny_models.mixtral())
+
+
+def test_tables_and_convolutions_in_blocks_are_let_pass(model: Any) -> None:
+    """Relative positions of T5 and the like are no reason to refuse."""
+    check_compressible(model)
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=4))
+    check_compressible(bloom)
 
 
 def test_replays_equal_the_plain_forward_pass(architecture: str, model: Any) -> None:

@@ -14,6 +14,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     MptConfig,
     MptForCausalLM,
     OPTConfig,
@@ -87,6 +89,14 @@ def whisper(**settings: Any) -> WhisperForConditionalGeneration:
     }
     settings = {**sizes, **heads, **widths, **lengths, **ends, **settings}
     return WhisperForConditionalGeneration(WhisperConfig(vocab_size=VOCABULARY, **settings))
+
+
+def mixtral(**settings: Any) -> MixtralForCausalLM:
+    """A mixture of experts, which is not compressed: not one of `MODELS`."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    config = MixtralConfig(vocab_size=VOCABULARY, **{**sizes, **heads, **_ENDS, **settings})
+    return MixtralForCausalLM(config)
 
 
 MODELS: dict[str, Callable[..., Any]] = {

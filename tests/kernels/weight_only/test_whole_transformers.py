@@ -462,3 +462,10 @@ def test_progress_counts_blocks() -> None:
     run(fresh("t5"), "rtn", batches("t5"), progress=lambda done, of: told.append((done, of)))
     assert told == [(1, 2), (2, 2)]
     assert sum(len(stack.blocks) for stack in stacks(fresh("t5"))) == 2
+
+
+def test_a_mixture_of_experts_is_refused_before_anything_changes() -> None:
+    model = tiny_models.mixtral().eval()
+    with pytest.raises(ValueError, match=r"outside of linear layers .* a model without experts"):
+        run(model, "rtn", batches("llama"))
+    assert not transformer.quantized_layers(model)

@@ -443,6 +443,9 @@ def test_what_cannot_be_quantized_is_told(
             run({}, dense, empty)
     with pytest.raises(InputError, match=r"high_precision: .* did you mean 'model\.layers\.0"):
         run({"high_precision": ["model.layers.0.self_attn.q_prj"]}, dense, rows)
+    experts = bundle(tmp_path / "experts", tiny_models.mixtral())
+    with pytest.raises(InputError, match="mixtures of experts can't be compressed"):
+        run({"methods": {"rtn": {}}}, experts, rows)
     broken = load_model(dense.path)
     with torch.no_grad():
         broken.model.norm.weight.fill_(float("nan"))

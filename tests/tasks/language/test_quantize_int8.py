@@ -167,6 +167,9 @@ def test_what_cannot_be_quantized_is_told(tmp_path: Path, run_task: RunTask) -> 
     dense = bundle_of(tmp_path / "more" / "dense", model)
     with pytest.raises(StepError, match="no training rows"):
         run_task(quantize_int8, CFG, dense, tokens_of(tmp_path / "none", rows=0))
+    experts = bundle_of(tmp_path / "more" / "experts", tiny_models.mixtral().eval())
+    with pytest.raises(StepError, match=r"can't be quantized to INT8: .* a model without experts"):
+        run_task(quantize_int8, CFG, experts, tokens)
     cfg = CFG.model_copy(update={"settings": {**CFG.settings, "skip_names": ["transformer.h.9"]}})
     with pytest.raises(StepError, match="no operation is called so; did you mean"):
         run_task(quantize_int8, cfg, dense, tokens)
