@@ -189,9 +189,14 @@ def generation_config(config: PreTrainedConfig) -> GenerationConfig:
 
 
 def longest_text(config: PreTrainedConfig) -> int | None:
-    """Tokens that the model has positions for; None if its positions are relative."""
+    """Tokens that the model has positions for; None if its positions are relative.
+
+    Only fields of the architecture count: T5's files name `n_positions`, which T5 never reads.
+    """
+    fields = {each.name for each in dataclasses.fields(type(config))}
+    fields |= set(type(config).attribute_map)
     for name in _POSITIONS:
-        value = getattr(config, name, None)
+        value = getattr(config, name, None) if name in fields else None
         if isinstance(value, int):
             return value
     return None
