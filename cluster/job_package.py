@@ -1,10 +1,10 @@
 """What a job takes along: the working tree as one zip file, and a report of what is in it.
 
 Sent is what lies under the folder, without version control, environments, caches, build products,
-stores, data, key files, and without what `.gitignore` and `.rayignore` name (in any folder, as git
-reads them). The list is made before anything is packed, so a tree that is too large is refused at
-once and with the names of what makes it large. The same tree gives the same bytes, and Ray sends a
-package that the cluster has already only once.
+stores, data, files with tokens or keys, and without what `.gitignore` and `.rayignore` name (in any
+folder, as git reads them). The list is made before anything is packed, so a tree that is too large
+is refused at once and with the names of what makes it large. The same tree gives the same bytes,
+and Ray sends a package that the cluster has already only once.
 
 A file that the job's command names (a config) is sent wherever it lies in the tree.
 
@@ -25,7 +25,25 @@ from pathspec import GitIgnoreSpec
 
 from goldcrest.cluster.errors import InputError
 
+SECRETS = (
+    # `token` is where the docs have one write an endpoint's; a folder of that name is code.
+    "token",
+    "!token/",
+    "*.token",
+    "!*.token/",
+    "auth_token",
+    "!auth_token/",
+    ".env",
+    ".env.*",
+    ".netrc",
+    "*.pem",
+    "*.key",
+    "id_rsa*",
+    "id_ed25519*",
+)
+"""Tokens, keys, passwords: a job's package lies readable on every node."""
 EXCLUDES = (
+    *SECRETS,
     ".git/",
     ".hg/",
     ".svn/",
@@ -43,14 +61,6 @@ EXCLUDES = (
     "/mlruns/",
     "/mlflow.db*",
     "/data/",
-    # Keys and passwords: a job's package lies readable on every node.
-    ".env",
-    ".env.*",
-    ".netrc",
-    "*.pem",
-    "*.key",
-    "id_rsa*",
-    "id_ed25519*",
 )
 """Patterns of `.gitignore` that always apply; `/` in front: only at the top."""
 IGNORE_FILES = (".gitignore", ".rayignore")

@@ -6,6 +6,7 @@ KubeRay's own schema cannot be had offline; the models here are the parts of its
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import re
@@ -21,6 +22,7 @@ import typer.main
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
+from goldcrest.cluster.job_package import SECRETS
 from goldcrest.cluster.profile import NodeKind, Profile
 from goldcrest.pipelines import cli
 
@@ -404,6 +406,20 @@ def test_ray_up() -> None:
     options = goldcrest_options(shlex.split(submit))
     assert (ROOT / "configs" / "speaker" / f"{options['config']}.yaml").is_file()
     assert (ROOT / "configs" / "cluster" / f"{options['profile']}.yaml").is_file()
+
+
+def test_ray_up_copies_no_secrets_but_the_cluster_s_token() -> None:
+    """Ray gives the rules to rsync for every mount, also for the one file of Ray's own token."""
+    config = read("ray-up.yaml")
+    rules = config["rsync_exclude"]
+    # As `!x/` in .gitignore: a folder of that name goes; with rsync the first rule counts.
+    wanted = [f"+ {s[1:]}" if s.startswith("!") else s for s in SECRETS if "auth_token" not in s]
+    assert sorted(set(wanted) - set(rules)) == []
+    assert rules.index("+ token/") < rules.index("token")
+    assert rules.index("+ *.token/") < rules.index("*.token")
+    for source in config["file_mounts"].values():
+        assert not any(fnmatch.fnmatch(Path(source).name, rule) for rule in rules), source
+    assert config["rsync_filter"] == [".gitignore"]  # names the tree's own auth_token, too
 
 
 @pytest.mark.parametrize("nodes", ["head", "worker"])

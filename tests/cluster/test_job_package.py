@@ -45,6 +45,28 @@ def test_code_goes_and_what_is_no_code_stays(tmp_path: Path) -> None:
     assert names(tmp_path) == sorted(kept)
 
 
+TOKENS = ("token", "sub/token", "pkg/token/token", "api.token", "auth_token")
+NO_TOKENS = ("auth_token/a.py", "pkg/token/a.py", "pkg/token/deep/b.py", "token.py", "tokens")
+
+
+def test_files_called_token_stay_and_folders_of_that_name_go(tmp_path: Path) -> None:
+    for name in (*NO_TOKENS, *TOKENS[:-1], "sub/auth_token", "pkg/token/host.key"):
+        write(tmp_path, name)
+    assert names(tmp_path) == sorted(NO_TOKENS)
+    assert "pkg/token/a.py" not in names(tmp_path, "token/")
+
+
+def test_git_does_not_take_the_tokens_that_the_docs_have_one_make(tmp_path: Path) -> None:
+    (tmp_path / ".gitignore").write_text((ROOT / ".gitignore").read_text())
+    subprocess.run(["git", "-C", str(tmp_path), "init", "-q"], check=True)
+    said = subprocess.run(
+        ["git", "-C", str(tmp_path), "check-ignore", "--no-index", *TOKENS, *NO_TOKENS],
+        capture_output=True,
+        text=True,
+    )
+    assert said.stdout.split() == list(TOKENS)
+
+
 def test_a_file_that_is_asked_for_goes_once(tmp_path: Path) -> None:
     for name in ("a.py", "build/profile.yaml", ".goldcrest/store/runs/s/best.yaml", "z.py"):
         write(tmp_path, name)
