@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,9 @@ from goldcrest.cluster.ray_session import attach, leave
 from goldcrest.cluster.serving_gate import is_loopback
 
 APPLICATION = "goldcrest"
+_PROXY = "SERVE_PROXY_ACTOR"  # how the names of Serve's proxies begin
+_LAST_ANSWERS = 0.5  # seconds for answers that have left a replica to pass the proxy
+_CLOSING = 2.0  # seconds for the port to close
 
 
 class Serving:
@@ -56,7 +60,9 @@ class Serving:
 
     def drain(self, endpoint: str, seconds: float) -> int:
         """Turn new requests away and wait for those inside; the number that were left."""
-        return sum(self.everywhere(endpoint, "drain", seconds, seconds=seconds + 10.0))
+        left = sum(self.everywhere(endpoint, "drain", seconds, seconds=seconds + 10.0))
+        time.sleep(_LAST_ANSWERS)
+        return left
 
 
 @contextmanager
@@ -84,10 +90,37 @@ def serving(profile: Profile, *, host: str, port: int) -> Iterator[Serving]:
         try:
             yield Serving(host=host, port=port)
         finally:
-            serve.shutdown()
+            try:
+                _close_port(host, port)
+            finally:
+                serve.shutdown()
     finally:
         if mode == "started":
             leave(mode)
+
+
+def _close_port(host: str, port: int) -> None:
+    """End Serve's proxy, and wait until its port refuses connections.
+
+    `serve.shutdown` by itself takes the application away while the proxy may still listen: it then
+    answers 404, which callers take for the last word, where a refused connection is tried again.
+    """
+    import ray
+    from ray.util import list_named_actors
+
+    for actor in list_named_actors(all_namespaces=True):
+        if actor["name"].startswith(_PROXY):
+            try:
+                ray.kill(ray.get_actor(actor["name"], namespace=actor["namespace"]))
+            except ValueError:
+                continue  # it has just ended
+    ends = time.monotonic() + _CLOSING
+    while time.monotonic() < ends:
+        try:
+            socket.create_connection((host, port), timeout=_CLOSING).close()
+        except OSError:
+            return
+        time.sleep(0.02)
 
 
 def check_room(replicas: int, *, cpus: float, gpus: float) -> None:

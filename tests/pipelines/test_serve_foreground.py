@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import socket
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from goldcrest.cluster.errors import GoldcrestError, InputError
 from goldcrest.cluster.profile import Profile
 from goldcrest.cluster.serving import SCRATCH
-from goldcrest.cluster.serving_process import Serving
+from goldcrest.cluster.serving_process import Serving, serving
 from goldcrest.pipelines import serve_foreground
 from goldcrest.pipelines.cli_common import Answer
 from goldcrest.pipelines.endpoints.bundles import MODELS, ServedKind
@@ -179,3 +180,28 @@ def test_a_bundle_in_the_scratch_folder_is_refused(tmp_path: Path, run: Run, lin
         run(Replicas(tmp_path, failing=0), tmp_path, bundle, ["a"])
     assert "copy it elsewhere" in str(refused.value.hint)
     assert (kept / "bundle.json").is_file()
+
+
+def test_the_port_closes_before_the_application_goes(
+    ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A proxy that has lost its application answers 404 to what is a valid request."""
+    from ray import serve
+
+    def listening() -> bool:
+        try:
+            socket.create_connection(("127.0.0.1", running.port), timeout=10).close()
+        except ConnectionRefusedError:
+            return False
+        return True
+
+    def shutdown() -> None:
+        listened.append(listening())
+        shut_down()
+
+    listened: list[bool] = []
+    shut_down = serve.shutdown
+    with serving(Profile(), host="127.0.0.1", port=0) as running:
+        assert listening()
+        monkeypatch.setattr(serve, "shutdown", shutdown)
+    assert listened == [False]
