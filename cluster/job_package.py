@@ -8,13 +8,15 @@ and Ray sends a package that the cluster has already only once.
 
 A file that the job's command names (a config) is sent wherever it lies in the tree.
 
-A link to something inside the tree is sent as a copy (Ray unpacks no links); one that leads outside
-is left out: who sends a folder does not expect to send others.
+A link to something inside the tree is sent as a copy (Ray unpacks no links), but not where that is
+left out under its own name: `settings -> .env` is as secret as `.env`. A link that leads outside is
+left out and named: who sends a folder does not expect to send others.
 """
 
 from __future__ import annotations
 
 import collections
+import functools
 import os
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -143,6 +145,7 @@ class _Search:
     def __init__(self, root: Path, always: GitIgnoreSpec) -> None:
         self._root = root
         self._always = always
+        self._rules = functools.cache(self._rules_of)
         self.links_out: list[str] = []
         self.stores: list[str] = []
 
@@ -159,18 +162,24 @@ class _Search:
         the folders that this one lies in: a link back to one of them would never end.
         """
         ignores = [*ignores, *_ignore_files(folder, name)]
-        inside = [*above, folder.resolve()]
+        inside = [*above, _real(folder)]
         for path in sorted(folder.iterdir()):
             is_folder = path.is_dir()
             called = f"{name}{path.name}"
-            if self._is_left_out(called + "/" * is_folder, ignores) or self._leads_out(path):
+            if self._is_left_out(called + "/" * is_folder, ignores):
+                continue
+            real = _real(path) if path.is_symlink() else inside[-1] / path.name
+            if not real.is_relative_to(self._root):
+                self.links_out.append(called)
+                continue
+            if self._is_left_out_there(real, called):
                 continue
             if not is_folder:
                 if path.is_file():  # no sockets, no pipes, no broken links
                     yield PackagedFile(name=called, path=path, size=path.stat().st_size)
             elif is_store(path):
                 self.stores.append(called)
-            elif path.resolve() not in inside:
+            elif real not in inside:
                 yield from self.files(path, f"{called}/", ignores, inside)
 
     def _is_left_out(self, called: str, ignores: Sequence[tuple[str, GitIgnoreSpec]]) -> bool:
@@ -182,13 +191,28 @@ class _Search:
             said = said if found is None else found
         return said
 
-    def _leads_out(self, path: Path) -> bool:
-        if not path.is_symlink():
+    def _is_left_out_there(self, real: Path, called: str) -> bool:
+        """Whether `real`, which a link shows as `called`, is left out where it lies."""
+        name = real.relative_to(self._root).as_posix()
+        if name == called or real == self._root:
             return False
-        outside = not path.resolve().is_relative_to(self._root)
-        if outside:
-            self.links_out.append(path.relative_to(self._root).as_posix())
-        return outside
+        rules = self._rules(real.parent)
+        return rules is None or self._is_left_out(name + "/" * real.is_dir(), rules)
+
+    def _rules_of(self, folder: Path) -> tuple[tuple[str, GitIgnoreSpec], ...] | None:
+        """The ignore files for what lies in a folder of the tree; None if it is left out itself."""
+        if folder == self._root:
+            return tuple(_ignore_files(folder, ""))
+        name = f"{folder.relative_to(self._root).as_posix()}/"
+        above = self._rules(folder.parent)
+        if above is None or self._is_left_out(name, above) or is_store(folder):
+            return None
+        return (*above, *_ignore_files(folder, name))
+
+
+def _real(path: Path) -> Path:
+    """Where links lead; unlike `Path.resolve`, no error for one that leads to itself."""
+    return Path(os.path.realpath(path))
 
 
 def _ignore_files(folder: Path, name: str) -> Iterator[tuple[str, GitIgnoreSpec]]:

@@ -138,6 +138,35 @@ def test_links_inside_are_copied_and_links_outside_are_named(tmp_path: Path) -> 
     assert package.links_out == ("leak",)
 
 
+def test_a_link_brings_nothing_that_is_left_out_under_its_own_name(tmp_path: Path) -> None:
+    root = tmp_path / "tree"
+    for name in (".env", ".git/config", "data/x/a.wav", "pkg/a.py", "pkg/own.txt", "deep/s.bin"):
+        write(root, name)
+    for name in ("artifacts", "leases", "runs"):
+        write(root, f"results/{name}/file")
+    write(root, ".gitignore", "/pkg/own.txt\nlisting\n")
+    write(root, "deep/.gitignore", "*.bin\n")
+    write(root, "lists/listing")
+    targets = {
+        "settings": ".env", "history": ".git", "again": "settings", "sound": "data/x",
+        "wave": "data/x/a.wav", "binary": "deep/s.bin", "run": "results/runs",
+        "list": "lists/listing", "pkg/up": "../data",
+    }  # fmt: skip
+    for name, target in targets.items():
+        (root / name).symlink_to(target)
+    (root / "alias").symlink_to("pkg")  # a folder that goes, a file in it that does not
+    package = collect(root)
+    found = [file.name for file in package.files if not file.name.endswith(".gitignore")]
+    assert found == ["alias/a.py", "pkg/a.py"]
+    assert package.links_out == ()
+
+
+def test_a_link_to_itself_is_no_file(tmp_path: Path) -> None:
+    write(tmp_path, "a.py")
+    (tmp_path / "loop").symlink_to("loop")
+    assert names(tmp_path) == ["a.py"]
+
+
 def test_a_socket_and_a_pipe_are_no_files(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     write(tmp_path, "a.py")
