@@ -42,6 +42,10 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 _PLAIN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _HANG_UP = {"Connection": "close"}  # the rest of this body is not waited for
+_DOCS = "/docs"  # a page, so it is opened in browsers
+_BROWSERS = (
+    ", which a browser can't send: curl -H 'Authorization: Bearer TOKEN' .../docs > docs.html"
+)
 _NO_ROUTE = "other"  # names that clients make up must not become time series
 
 
@@ -191,10 +195,13 @@ class GateMiddleware:
                 if reason:
                     return problem(403, "forbidden", reason, scope)
             elif not _has_token(headers, gate.token_digest):
+                said = "this endpoint wants the header `Authorization: Bearer TOKEN`"
+                if scope["path"] == _DOCS:
+                    said += _BROWSERS
                 return problem(
                     401,
                     "unauthorized",
-                    "this endpoint wants the header `Authorization: Bearer TOKEN`",
+                    said,
                     scope,
                     headers={"WWW-Authenticate": "Bearer"},
                 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shlex
 import shutil
 import signal
 import time
@@ -126,7 +127,11 @@ class Foreground:
         }
         if self._json_file is not None:
             write_json(self._json_file, self._answer.value)
-        say(f"serving {', '.join(choice.bundles)} at {running.url} (API: {running.url}/docs)")
+        api, token = f"{running.url}/docs", self._settings.token_file
+        if token is not None:  # which a browser can't send
+            path = shlex.quote(str(token))
+            api = f'curl -H "Authorization: Bearer $(cat {path})" {api} > docs.html'
+        say(f"serving {', '.join(choice.bundles)} at {running.url} (API: {api})")
         if self._settings.demo:
             say(f"try it: {running.url}/demo")
 

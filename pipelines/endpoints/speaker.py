@@ -357,8 +357,10 @@ class SpeakerEndpoint(Endpoint):
         found = await asyncio.to_thread(self._enrolments.reference, served.fingerprint, speaker)
         if found is None:
             if await asyncio.to_thread(self._enrolments.known, speaker):
-                said = f"'{speaker}' was enrolled with another model; enrol with this one"
-                raise refuse(409, "other_model", said)
+                said = (
+                    f"'{speaker}' was enrolled with another model, whose scores can't be compared"
+                )
+                raise refuse(409, "other_model", f"{said}; enrol again with this one")
             raise unknown(speaker)
         return found
 

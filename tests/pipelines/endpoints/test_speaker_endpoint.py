@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sqlite3
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -144,7 +146,9 @@ def test_bundles_do_not_mix_in_a_batch(server: Server) -> None:
 def test_an_enrolment_belongs_to_its_model(server: Server) -> None:
     server.post("/enroll", voice(100), speaker="anna")
     answer = server.post("/verify", voice(100), speaker="anna", model="two")
-    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "other_model")
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (409, "other_model")
+    assert "enrol again" in error["message"]
     assert server.post("/identify", voice(100), model="two").json()["candidates"] == []
 
 
@@ -259,6 +263,18 @@ def test_health_metrics_and_documentation(server: Server) -> None:
     docs = server.call("GET", "/docs")
     assert "/verify" in docs.text
     assert "default-src 'none'" in docs.headers["Content-Security-Policy"]
+
+
+def test_a_browser_at_the_documentation_is_told_what_to_do(server: Server) -> None:
+    refused = requests.get(server.url + "/docs", timeout=30)
+    assert refused.status_code == 401
+    assert "/docs > docs.html" in refused.json()["error"]["message"]
+    assert "docs.html" not in requests.get(server.url + "/models", timeout=30).text
+    (told,) = re.findall(r"API: (curl .* > )docs\.html", " ".join(server.log().split()))
+    done = subprocess.run(
+        ["bash", "-c", told + "/dev/stdout"], capture_output=True, check=True, timeout=60
+    )
+    assert b"/verify" in done.stdout
 
 
 def test_metrics_are_the_same_from_both_replicas(server: Server) -> None:
