@@ -36,6 +36,7 @@ from goldcrest.tasks.language.bundle import (
     read_description,
     write_bundle,
 )
+from goldcrest.tasks.language.recipe import check_lengths
 from goldcrest.tasks.language.rows import check_speech, open_rows, rows_file
 from goldcrest.tasks.language.tokenizer import load_tokenizer, tokenizer_folder
 from goldcrest.tasks.methods import complete_method
@@ -195,13 +196,16 @@ def _material(
 ) -> Material:
     """What the trials work on, checked."""
     folder, description = float_text_bundle(model)
+    config = load_config(folder)
     paths = {
         "train": rows_file(tokens if calibration is None else calibration, "train"),
         "validation": rows_file(tokens, "validation"),
     }
     for split, path in paths.items():
         reader = open_rows(path, description["family"])
-        check_speech(reader, load_config(folder))
+        check_speech(reader, config)
+        length = cfg.calibration_length if split == "train" else None  # of what is cut
+        check_lengths(reader, description["family"], config, length)
         if len(reader) == 0:
             raise StepError(
                 f"the tokens have no {split} rows, which are needed to "
@@ -211,7 +215,7 @@ def _material(
     mask = tokenizer.mask_token_id if description["family"] == "masked" else None
     if description["family"] == "masked" and mask is None:
         raise InputError("the tokenizer of this masked model has no mask token")
-    pad = load_config(folder).get_text_config().pad_token_id
+    pad = config.get_text_config().pad_token_id
     return int4_trials.Material(
         bundle=folder,
         **paths,

@@ -24,6 +24,7 @@ from goldcrest.tasks.language.bundle import (
     load_model,
     write_bundle,
 )
+from goldcrest.tasks.language.recipe import check_lengths
 from goldcrest.tasks.language.rows import check_speech, open_rows, rows_file, window_frames
 from goldcrest.tasks.language.tokenizer import load_tokenizer, tokenizer_folder
 from goldcrest.tasks.methods import SettingsOf, settings_of
@@ -107,6 +108,7 @@ def _batches(
 
     reader = open_rows(rows_file(tokens, "train"), family)
     check_speech(reader, config)
+    check_lengths(reader, family, config, cfg.calibration_length)
     if not len(reader):
         raise StepError("the tokens have no training rows, which are needed to calibrate on")
     rng = np.random.default_rng([seed, 8])

@@ -26,6 +26,7 @@ from goldcrest.tasks.language.tokenizer import load_tokenizer
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+    from goldcrest.tasks.data.tokens import TokenReader
     from goldcrest.tasks.language.objective import LanguageObjective, Text
 
 
@@ -76,27 +77,36 @@ def read_text(tokens: Artifact, tokenizer: Path, family: str, config: PreTrained
         special=tuple(found.all_special_ids),
         frames=window_frames(config) if family == "speech" else 0,
     )
-    _check_lengths(text, config)
     for reader in (train, validation):
+        check_lengths(reader, family, config)
         check_speech(reader, config)
     return text
 
 
-def _check_lengths(text: Text, config: PreTrainedConfig) -> None:
-    """InputError for rows that are longer than what the model has positions for."""
+def check_lengths(
+    reader: TokenReader,
+    family: str,
+    config: PreTrainedConfig,
+    calibration_length: int | None = None,
+) -> None:
+    """InputError for rows that are longer than what the model has positions for.
+
+    Of rows that are to be cut to `calibration_length`, what is left of them counts.
+    """
     from goldcrest.kernels.language.architectures import longest_text
 
     most = longest_text(config)
-    longest = 0
-    for reader in (text.train, text.validation):
-        parts = [reader.lengths]
-        if text.family == "seq2seq":
-            parts = [reader.predicted, reader.lengths - reader.predicted]
-        longest = max(longest, *(int(each.max(initial=0)) for each in parts))
+    parts = [reader.lengths]
+    if family == "seq2seq":
+        parts = [reader.predicted, reader.lengths - reader.predicted]
+    longest = max(int(each.max(initial=0)) for each in parts)
+    if calibration_length is not None:
+        longest = min(longest, calibration_length)
     if most is not None and longest > most:
+        lower = "tokens.length" if calibration_length is None else f"calibration_length to {most}"
         raise InputError(
             f"a row has {longest} tokens, the model {config.model_type} positions for {most}",
-            hint="lower tokens.length, or give the model more positions",
+            hint=f"lower {lower}, or give the model more positions",
         )
 
 

@@ -379,6 +379,20 @@ def test_a_context_that_is_shorter_than_the_latencies_want(
     assert made.manifest["measurements"]["int4"]["next_token_ms"] > 0
 
 
+def test_rows_beyond_the_models_positions_are_refused(
+    run: Run, rows: Artifact, tmp_path: Path
+) -> None:
+    """Those to calibrate on after they were cut, those to measure on whole."""
+    cfg = {"methods": {"rtn": {}}, "group_sizes": [-1], "tolerance": 9.0}
+    short = bundle(tmp_path / "short", tiny_models.gpt2(n_layer=1, n_positions=20).eval())
+    with pytest.raises(InputError, match=r"a row has 24 tokens, .* positions for 20") as raised:
+        run(cfg, short, rows)
+    assert "lower calibration_length to 20" in str(raised.value)
+    with pytest.raises(InputError, match=r"a row has 24 tokens, .* positions for 20") as raised:
+        run({**cfg, "calibration_length": 20}, short, rows)
+    assert "lower tokens.length" in str(raised.value)
+
+
 def test_what_ends_a_text_is_kept(run: Run, rows: Artifact, tmp_path: Path) -> None:
     """Chat models end at several tokens, which only generation_config.json names."""
     model = tiny_models.llama(num_hidden_layers=1).eval()

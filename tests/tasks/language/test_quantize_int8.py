@@ -167,6 +167,12 @@ def test_what_cannot_be_quantized_is_told(tmp_path: Path, run_task: RunTask) -> 
     dense = bundle_of(tmp_path / "more" / "dense", model)
     with pytest.raises(StepError, match="no training rows"):
         run_task(quantize_int8, CFG, dense, tokens_of(tmp_path / "none", rows=0))
+    short = bundle_of(tmp_path / "more" / "short", tiny_models.gpt2(n_positions=8).eval())
+    with pytest.raises(InputError, match="positions for 8") as raised:
+        run_task(quantize_int8, CFG, short, tokens)
+    assert "lower calibration_length to 8" in str(raised.value)
+    cut = CFG.model_copy(update={"calibration_length": 8})
+    assert run_task(quantize_int8, cut, short, tokens).metrics["int8"]["linears"] > 0
     experts = bundle_of(tmp_path / "more" / "experts", tiny_models.mixtral().eval())
     with pytest.raises(StepError, match=r"can't be quantized to INT8: .* a model without experts"):
         run_task(quantize_int8, CFG, experts, tokens)
