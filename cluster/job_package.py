@@ -16,6 +16,7 @@ left out and named: who sends a folder does not expect to send others.
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import os
 import zipfile
@@ -113,7 +114,7 @@ class Package:
 def collect(root: Path, excludes: Sequence[str] = ()) -> Package:
     """What of the folder `root` a job takes along; `excludes` are further patterns of .gitignore.
 
-    Raises InputError where `root` is no folder.
+    Raises InputError where `root` is no folder, or what is not left out cannot be read.
     """
     root = root.resolve()
     if not root.is_dir():
@@ -163,8 +164,7 @@ class _Search:
         """
         ignores = [*ignores, *_ignore_files(folder, name)]
         inside = [*above, _real(folder)]
-        for path in sorted(folder.iterdir()):
-            is_folder = path.is_dir()
+        for path, is_folder in _entries(folder):
             called = f"{name}{path.name}"
             if self._is_left_out(called + "/" * is_folder, ignores):
                 continue
@@ -175,8 +175,9 @@ class _Search:
             if self._is_left_out_there(real, called):
                 continue
             if not is_folder:
-                if path.is_file():  # no sockets, no pipes, no broken links
-                    yield PackagedFile(name=called, path=path, size=path.stat().st_size)
+                size = _file_size(path)
+                if size is not None:
+                    yield PackagedFile(name=called, path=path, size=size)
             elif is_store(path):
                 self.stores.append(called)
             elif real not in inside:
@@ -215,17 +216,44 @@ def _real(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """What the system refuses, as a sentence: of another user, or gone in the meantime."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"cannot read {path}: {error.strerror or error}",
+            hint="leave it out with --exclude, or make it readable",
+        ) from error
+
+
+def _entries(folder: Path) -> list[tuple[Path, bool]]:
+    """What lies in a folder, by name, each with whether it is a folder itself."""
+    with _reading(folder):
+        return [(path, path.is_dir()) for path in sorted(folder.iterdir())]
+
+
+def _file_size(path: Path) -> int | None:
+    """Bytes of a file; None for a socket, a pipe, a broken link."""
+    with _reading(path):
+        return path.stat().st_size if path.is_file() else None
+
+
 def _ignore_files(folder: Path, name: str) -> Iterator[tuple[str, GitIgnoreSpec]]:
     for file in IGNORE_FILES:
         path = folder / file
-        if path.is_file():
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-            yield name, GitIgnoreSpec.from_lines(lines)
+        with _reading(path):
+            there = path.is_file()
+            text = path.read_text(encoding="utf-8", errors="replace") if there else ""
+        if text:
+            yield name, GitIgnoreSpec.from_lines(text.splitlines())
 
 
 def is_store(folder: Path) -> bool:
     """Whether `folder` is laid out as an artifact store."""
-    return all((folder / name).is_dir() for name in _STORE_FOLDERS)
+    with _reading(folder):
+        return all((folder / name).is_dir() for name in _STORE_FOLDERS)
 
 
 def check_size(package: Package, limit: int = MAX_BYTES) -> None:
@@ -245,14 +273,23 @@ def check_size(package: Package, limit: int = MAX_BYTES) -> None:
 
 
 def write_zip(package: Package, path: Path) -> int:
-    """Pack the files into the zip file `path`, the same bytes for the same files; its size."""
+    """Pack the files into the zip file `path`, the same bytes for the same files; its size.
+
+    Raises InputError for a file that cannot be read.
+    """
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:
         for file in package.files:
             facts = zipfile.ZipInfo(file.name, _EPOCH)
             facts.compress_type = zipfile.ZIP_DEFLATED
             executable = os.access(file.path, os.X_OK)
             facts.external_attr = (0o755 if executable else 0o644) << 16
-            with file.path.open("rb") as source, archive.open(facts, "w") as target:
-                while piece := source.read(1 << 20):
+            with archive.open(facts, "w") as target:
+                for piece in _pieces(file.path):
                     target.write(piece)
     return path.stat().st_size
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    with _reading(path), path.open("rb") as source:
+        while piece := source.read(1 << 20):
+            yield piece

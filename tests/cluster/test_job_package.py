@@ -6,6 +6,7 @@ import os
 import subprocess
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -165,6 +166,56 @@ def test_a_link_to_itself_is_no_file(tmp_path: Path) -> None:
     write(tmp_path, "a.py")
     (tmp_path / "loop").symlink_to("loop")
     assert names(tmp_path) == ["a.py"]
+
+
+@pytest.mark.parametrize(
+    ("call", "where", "named"),
+    [
+        ("iterdir", "private", "private"),
+        ("is_dir", "private/artifacts", "private"),  # is it a store?
+        ("is_dir", "private/own.py", "private"),
+        ("is_file", "private/own.py", "private/own.py"),
+        ("read_text", "private/.gitignore", "private/.gitignore"),
+    ],
+)
+def test_what_cannot_be_looked_at_is_named_and_can_be_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, where: str, named: str
+) -> None:
+    """Of another user, or gone since its folder was read. (As root every file can be read.)"""
+    for name in ("a.py", "private/own.py", "private/.gitignore"):
+        write(tmp_path, name)
+    refuse(monkeypatch, call, tmp_path / where)
+    with pytest.raises(InputError) as refused:
+        collect(tmp_path)
+    assert refused.value.message == f"cannot read {tmp_path / named}: Permission denied"
+    assert "--exclude" in str(refused.value.hint)
+    assert [file.name for file in collect(tmp_path, ["private/"]).files] == ["a.py"]
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, call: str, where: Path) -> None:
+    """Let a method of paths fail for one of them."""
+    real = getattr(Path, call)
+
+    def method(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path == where:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, call, method)
+
+
+def test_a_file_that_cannot_be_packed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tree(tmp_path / "tree", a="1", b="2", c="3")
+    package = collect(root)
+    (root / "b").unlink()
+    with pytest.raises(InputError) as refused:
+        write_zip(package, tmp_path / "package.zip")
+    assert refused.value.message == f"cannot read {root / 'b'}: No such file or directory"
+    assert "--exclude" in str(refused.value.hint)
+    with pytest.raises(FileNotFoundError):  # no fault of the tree's
+        write_zip(package, tmp_path / "nowhere" / "package.zip")
 
 
 def test_a_socket_and_a_pipe_are_no_files(tmp_path: Path) -> None:
