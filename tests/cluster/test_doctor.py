@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.server
 import importlib.metadata
 import subprocess
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +140,44 @@ def test_the_door_of_a_real_cluster(ray_cluster: None) -> None:
     import ray
 
     assert doctor._knock(ray.get_runtime_context().gcs_address) == "closed"
+
+
+@contextlib.contextmanager
+def answering(status: int) -> Iterator[str]:
+    """The URL of a server that answers everything with one status."""
+
+    class Always(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            return
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Always) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.mark.parametrize(("status", "found"), [(200, "failure"), (401, "ok"), (500, "failure")])
+def test_a_proxy_is_not_taken_for_the_dashboard(
+    monkeypatch: pytest.MonkeyPatch, status: int, found: str
+) -> None:
+    """One that refuses would make an open cluster a closed one."""
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with answering(403) as proxy, answering(status) as dashboard:
+        for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+            monkeypatch.setenv(name, proxy)
+        check = doctor.check_ray(dashboard)
+    assert check.status == found
+    assert ("runs anybody's code" in check.detail) == (status == 200)
 
 
 def test_one_failure_makes_the_whole_not_ok(monkeypatch: pytest.MonkeyPatch) -> None:
