@@ -18,20 +18,35 @@ if TYPE_CHECKING:
     from goldcrest.tasks.language.quantize_int4 import Int4Config
 
 
-def record(cfg: Int4Config, found: Found, rule: Rule, result: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe as it is kept with the model (spec "INT4", section 3.7)."""
+def record(
+    cfg: Int4Config,
+    found: Found,
+    rule: Rule,
+    result: Mapping[str, Any],
+    rows: Mapping[str, int],
+    calibrated_on: str,
+) -> dict[str, Any]:
+    """The recipe as it is kept with the model (spec "INT4", section 3.7).
+
+    `rows` there are to calibrate on ("train") and to measure on ("validation"), those of
+    `calibrated_on` and of the task.
+    """
     import torch
     import transformers
 
     return {
         **found.recipe.record(),
         "calibration": {
-            "set": "train",
-            "rows": cfg.calibration,
+            "set": calibrated_on,
+            "rows": min(cfg.calibration, rows["train"]),
             "length": cfg.calibration_length,
             "seed": result["description"]["seed"],
         },
-        "metric": {"name": cfg.metric, "split": "validation", "rows": cfg.evaluation},
+        "metric": {
+            "name": cfg.metric,
+            "split": "validation",
+            "rows": min(cfg.evaluation, rows["validation"]),
+        },
         "baseline": rule.baseline,
         "value": result["metric"],
         "relative_loss": rule.loss(result["metric"]),

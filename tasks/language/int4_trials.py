@@ -70,6 +70,11 @@ class Material:
         """Of a speech model's encoder, whatever the row; 0 of others."""
         return window_frames(load_config(self.bundle)) // 2 if self.family == "speech" else 0
 
+    def rows(self) -> dict[str, int]:
+        """How many rows there are to calibrate on ("train") and to measure on ("validation")."""
+        paths = {"train": self.train, "validation": self.validation}
+        return {name: len(open_rows(path, self.family)) for name, path in paths.items()}
+
     def load(self) -> Any:
         """The float model on its device."""
         model: Any = load_model(self.bundle)

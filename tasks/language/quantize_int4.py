@@ -173,7 +173,14 @@ def quantize_int4(
         "parameters": description["parameters"],
         "sparsity": description["sparsity"],
         "quantization": result["description"],
-        "recipe": int4_report.record(cfg, found, rule, result),
+        "recipe": int4_report.record(
+            cfg,
+            found,
+            rule,
+            result,
+            material.rows(),
+            calibrated_on="train" if calibration is None else "calibration corpus",
+        ),
         "base_sha256": model.manifest["files"]["model.safetensors"]["sha256"],
         "training": {"weights": found.recipe.name},
     }

@@ -423,6 +423,13 @@ def test_calibrates_on_a_corpus_of_its_own(
     )  # fmt: skip
     assert one.file("model.safetensors").read_bytes() == two.file("model.safetensors").read_bytes()
     assert one.metrics == two.metrics != task.metrics
+    told = [each.json("bundle")["recipe"] for each in (one, task)]
+    assert [(each["calibration"]["set"], each["calibration"]["rows"]) for each in told] == [
+        ("calibration corpus", 5), ("train", 6),
+    ]  # fmt: skip
+    assert [each["metric"]["rows"] for each in told] == [20, 20]
+    few = run({**cfg, "calibration": 99, "evaluation": 99}, dense, rows).json("bundle")["recipe"]
+    assert (few["calibration"]["rows"], few["metric"]["rows"]) == (12, 24)  # all that there are
 
 
 def test_zeros_of_a_sparse_model_stay(run: Run, rows: Artifact, tmp_path: Path) -> None:
