@@ -8,7 +8,7 @@ that it asks for: a corpus need not fit into memory, and every process on a node
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
@@ -53,6 +53,18 @@ def cut(row: TokenRow, length: int, family: str) -> TokenRow:
     prompt = row.prompt[:length]
     answer = row.answer[: length if family == "seq2seq" else length - len(prompt)]
     return replace(row, prompt=prompt, answer=answer, starts=row.starts[row.starts < len(answer)])
+
+
+def has_loss(row: TokenRow, family: str, special: Collection[int] = ()) -> bool:
+    """Whether a loss is about any of the row's tokens, which may be cut.
+
+    A masked model may be asked for every token that is not `special`; others for the answer, but
+    the first token of a document and what a causal row begins with have nothing before them.
+    """
+    if family == "masked":
+        return not np.isin([*row.prompt, *row.answer], list(special)).all()
+    unpredicted = max(len(row.starts), int(family == "causal" and not len(row.prompt)))
+    return len(row.answer) > unpredicted
 
 
 class TokenWriter:

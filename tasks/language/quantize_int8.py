@@ -11,6 +11,7 @@ every operation with the score that decides what is skipped, and its figure.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -102,8 +103,12 @@ def _batches(
     tokens: Artifact,
     seed: int,
 ) -> list[dict[str, Tensor]]:
-    """A seeded sample of the training rows, cut to length, rows of alike lengths together."""
-    from goldcrest.tasks.data.tokens import cut
+    """A seeded sample of the training rows, cut to length, rows of alike lengths together.
+
+    Rows that have no loss any more once they are cut are left out: a batch of them has a loss of
+    NaN, and with it every score that is measured by the loss.
+    """
+    from goldcrest.tasks.data.tokens import cut, has_loss
     from goldcrest.tasks.language import batches
 
     reader = open_rows(rows_file(tokens, "train"), family)
@@ -111,12 +116,24 @@ def _batches(
     check_lengths(reader, family, config, cfg.calibration_length)
     if not len(reader):
         raise StepError("the tokens have no training rows, which are needed to calibrate on")
-    rng = np.random.default_rng([seed, 8])
-    chosen = rng.permutation(len(reader))[: cfg.calibration]
-    chosen = chosen[np.argsort(reader.lengths[chosen], kind="stable")]
-    rows = [cut(reader[int(row)], cfg.calibration_length, family) for row in chosen]
     tokenizer = load_tokenizer(tokenizer_folder(model))
-    pad = tokenizer.pad_token_id or 0
+    pad, special = tokenizer.pad_token_id or 0, tokenizer.all_special_ids
+    rng = np.random.default_rng([seed, 8])
+    usable = (
+        (int(reader.lengths[number]), row)
+        for number in rng.permutation(len(reader))
+        if has_loss(
+            row := cut(reader[int(number)], cfg.calibration_length, family), family, special
+        )
+    )
+    chosen = sorted(itertools.islice(usable, cfg.calibration), key=lambda pair: pair[0])
+    rows = [row for _, row in chosen]
+    if not rows:
+        raise StepError(
+            f"cut to {cfg.calibration_length} tokens no row has an answer left, which the loss "
+            "before and after quantization is about",
+            hint="raise calibration_length, or calibrate on rows with shorter prompts",
+        )
 
     def collate(some: list[Any]) -> dict[str, Tensor]:
         if family == "speech":
@@ -127,9 +144,7 @@ def _batches(
             return batches.causal_batch(some, pad)
         if tokenizer.mask_token_id is None:
             raise InputError("the tokenizer of this masked model has no mask token")
-        return batches.masked_batch(
-            some, pad, tokenizer.mask_token_id, rng, special=tokenizer.all_special_ids
-        )
+        return batches.masked_batch(some, pad, tokenizer.mask_token_id, rng, special=special)
 
     size = cfg.rows_per_batch
     return [collate(rows[start : start + size]) for start in range(0, len(rows), size)]

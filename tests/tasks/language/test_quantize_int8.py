@@ -115,6 +115,33 @@ def test_a_masked_model_is_not_calibrated_on_guessing_special_tokens(tmp_path: P
         assert set(batch["labels"][batch["labels"] >= 0].tolist()) == {9}
 
 
+def rows_of(folder: Path, rows: list[TokenRow]) -> Artifact:
+    folder.mkdir()
+    with TokenWriter(folder / "train.arrow") as writer:
+        for number, row in enumerate(rows):
+            writer.write(row, example=number, characters=9, size=9)
+    return finished(folder, "tokens")
+
+
+@pytest.mark.parametrize("criterion", ["kurtosis", "measured"])
+def test_rows_whose_answer_is_cut_off_do_not_calibrate(
+    criterion: str, tmp_path: Path, run_task: RunTask
+) -> None:
+    """A batch of them would have no loss but NaN, which would be every score."""
+    dense = bundle_of(tmp_path / "dense", tiny_models.llama(num_hidden_layers=1).eval())
+    tokens = np.arange(4, 34, dtype=np.int32)
+    long, short = TokenRow(tokens[:20], tokens[20:]), TokenRow(tokens[:3], tokens[3:9])
+    settings = {**CFG.settings, "criterion": criterion}
+    cfg = CFG.model_copy(update={"rows_per_batch": 1, "calibration": 3, "settings": settings})
+    made = run_task(quantize_int8, cfg, dense, rows_of(tmp_path / "few", [*[long] * 9, short] * 3))
+    assert all(np.isfinite(each) for each in made.metrics["int8"]["calibration_loss"].values())
+    assert np.isfinite(made.metrics["int8"]["worst"]["score"])
+    assert json.loads(made.file("bundle.json").read_text())["training"]["calibration rows"] == 3
+    with pytest.raises(StepError, match="cut to 16 tokens no row has an answer") as raised:
+        run_task(quantize_int8, cfg, dense, rows_of(tmp_path / "none", [long] * 4))
+    assert "raise calibration_length" in str(raised.value)
+
+
 def test_skipped_operations_are_told_and_stay_float(tmp_path: Path, run_task: RunTask) -> None:
     torch.manual_seed(0)
     dense = bundle_of(tmp_path / "dense", tiny_models.gpt2().eval())

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from goldcrest.cluster.api import Artifact, InputError
-from goldcrest.tasks.data.tokens import TokenReader
+from goldcrest.tasks.data.tokens import TokenReader, TokenRow, cut, has_loss
 from goldcrest.tasks.language.examples import read_examples
 from goldcrest.tasks.language.packing import EncodedText, PackedRow, Packer
 from goldcrest.tasks.language.prepare import TextConfig, prepare_text
@@ -40,6 +40,28 @@ def packed(sizes: list[int], length: int) -> tuple[list[EncodedText], list[Packe
     packer = Packer(length)
     rows = [row for number, each in enumerate(documents) for row in packer.add(each, number)]
     return documents, [*rows, *packer.close()]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "starts", "family", "length", "expected"),
+    [
+        (5, 3, [], "causal", 6, True),
+        (5, 3, [], "causal", 5, False),  # the answer is cut off
+        (5, 3, [], "seq2seq", 2, True),  # cut on either side
+        (0, 8, [0, 4], "causal", 8, True),
+        (0, 8, [0, 1], "causal", 2, False),  # first tokens of documents
+        (0, 8, [], "causal", 1, False),  # nothing comes before it
+        (0, 8, [], "speech", 1, True),  # predicted from what is heard
+        (0, 8, [], "masked", 3, True),
+        (0, 8, [], "masked", 2, False),  # special tokens
+    ],
+)
+def test_rows_that_have_a_loss_are_told_from_others(
+    prompt: int, answer: int, starts: list[int], family: str, length: int, expected: bool
+) -> None:
+    ids = np.arange(prompt + answer, dtype=np.int32)
+    row = TokenRow(ids[:prompt], ids[prompt:], np.array(starts, np.int32))
+    assert has_loss(cut(row, length, family), family, special=(0, 1)) is expected
 
 
 @given(st.lists(st.integers(2, 30), min_size=1, max_size=20), st.integers(2, 12))
