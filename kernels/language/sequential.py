@@ -33,7 +33,7 @@ class _Enough(Exception):  # noqa: N818 - not an error: ends a forward pass that
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     """How a block was called, apart from the hidden states that come first."""
 
     arguments: tuple[Any, ...]
@@ -44,7 +44,7 @@ class BlockStep:
     """One block with its calibration inputs."""
 
     def __init__(
-        self, stack: Stack, block: Block, hidden: list[Tensor], calls: Sequence[_Call]
+        self, stack: Stack, block: Block, hidden: list[Tensor], calls: Sequence[Call]
     ) -> None:
         self.stack, self.block = stack, block
         self.hidden = hidden
@@ -89,7 +89,7 @@ def walk(model: nn.Module, batches: Sequence[Batch]) -> Iterator[BlockStep]:
     model.eval()
     try:
         for stack in stacks(model):
-            hidden, calls = _enter(model, stack, batches)
+            hidden, calls = enter(model, stack, batches)
             for place, block in enumerate(stack.blocks):
                 step = BlockStep(stack, block, hidden, [each[place] for each in calls])
                 yield step
@@ -99,12 +99,16 @@ def walk(model: nn.Module, batches: Sequence[Batch]) -> Iterator[BlockStep]:
         model.train(was_training)
 
 
-def _enter(
+def enter(
     model: nn.Module, stack: Stack, batches: Iterable[Batch]
-) -> tuple[list[Tensor], list[list[_Call]]]:
-    """What the stack's first block is fed, and how each block is called, batch by batch."""
+) -> tuple[list[Tensor], list[list[Call]]]:
+    """What the stack's first block is fed, and how each block is called, batch by batch.
+
+    The model, which must be in eval mode, runs as it is now, up to the stack's last block. Raises
+    ValueError where a batch does not reach it.
+    """
     hidden: list[Tensor] = []
-    calls: list[list[_Call]] = []
+    calls: list[list[Call]] = []
     for batch in batches:
         fed, called = _one_pass(model, stack, batch)
         if len(called) < len(stack.blocks):
@@ -117,17 +121,17 @@ def _enter(
     return hidden, calls
 
 
-def _one_pass(model: nn.Module, stack: Stack, batch: Batch) -> tuple[Tensor, list[_Call]]:
+def _one_pass(model: nn.Module, stack: Stack, batch: Batch) -> tuple[Tensor, list[Call]]:
     """Run the model up to the stack's last block."""
     first: list[Tensor] = []
-    calls: list[_Call] = []
+    calls: list[Call] = []
 
     def told(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         keywords = dict(keywords)
         fed = arguments[0] if arguments else keywords.pop("hidden_states")
         if not first:
             first.append(fed.detach())
-        calls.append(_Call(tuple(arguments[1:]), keywords))
+        calls.append(Call(tuple(arguments[1:]), keywords))
         if len(calls) == len(stack.blocks):
             raise _Enough
 

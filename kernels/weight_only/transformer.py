@@ -8,7 +8,8 @@ is fed by the quantized blocks before it and imitates what the float model's blo
 Of a block the method sees its layers, the inputs that the quantized model feeds it, and the outputs
 of the float model. Then every layer is replaced by a `WeightOnlyLinear`, and the next block is
 fed by what this one now computes. Memory: one block's float weights and H, and the hidden states
-of the calibration batches, twice where the float model's outputs are the target.
+of the calibration batches, twice where the float model's outputs are the target (then the float
+encoder's states are kept for its decoder, too).
 
 Embeddings, norms and the head are no block's linear layers and stay as they are.
 """
@@ -26,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from goldcrest.kernels import weight_only as family
 from goldcrest.kernels.language.padding import is_decoder, token_mask
-from goldcrest.kernels.language.sequential import Batch, BlockStep, walk
+from goldcrest.kernels.language.sequential import Batch, BlockStep, Call, enter, walk
 from goldcrest.kernels.language.stacks import block_linears, check_compressible, stacks
 from goldcrest.kernels.language.wiring import SharedInput, linear_makers, shared_inputs
 from goldcrest.kernels.sparsity.hessian import weight_matrix
@@ -239,7 +240,7 @@ class _Run:
     """A walk through one model: masks, the float model's hidden states, what was found."""
 
     def __init__(self, model: nn.Module, batches: Sequence[Batch], plan: _Plan) -> None:
-        self.model, self.plan = model, plan
+        self.model, self.plan, self.batches = model, plan, batches
         names = [stack.name for stack in stacks(model)]
         self.masks = {
             name: [token_mask(batch, decoder=is_decoder(model, place)) for batch in batches]
@@ -250,6 +251,7 @@ class _Run:
         self._makers: dict[SharedInput, str] = {}  # of the block at hand
         self._stack = ""
         self._hidden: list[Tensor] = []  # the float model's, of the stack that is walked
+        self._entered: dict[str, tuple[list[Tensor], list[list[Call]]]] = {}  # by its later stacks
 
     def quantize_block(self, step: BlockStep) -> None:
         """Quantize the layers of one block and put them in place."""
@@ -324,13 +326,25 @@ class _Run:
 
     def _targets(self, step: BlockStep) -> Tensor:
         """The float model's outputs of this block, which also feed its next one."""
-        if self._stack != step.stack.name:
-            self._stack, self._hidden = step.stack.name, list(step.hidden)
-        masks, hidden = self.masks[step.stack.name], self._hidden
+        imitated, masks = self._float_step(step), self.masks[step.stack.name]
         length = calibrated.longest(step, masks)
         with torch.no_grad():
-            self._hidden = [step.run(index, each) for index, each in enumerate(hidden)]
+            self._hidden = [imitated.run(index, each) for index, each in enumerate(self._hidden)]
         return calibrated.real_tokens(self._hidden, masks, length)
+
+    def _float_step(self, step: BlockStep) -> BlockStep:
+        """The block as the float model calls it, a decoder's with the float encoder's states."""
+        name = step.stack.name
+        if not self._stack:  # before anything is quantized, which later stacks would see
+            later = stacks(self.model)[1:]
+            self._entered = {each.name: enter(self.model, each, self.batches) for each in later}
+        fed, calls = self._entered.get(name, (step.hidden, []))
+        if self._stack != name:
+            self._stack, self._hidden = name, list(fed)
+        if not calls:
+            return step
+        place = step.stack.blocks.index(step.block)
+        return BlockStep(step.stack, step.block, self._hidden, [each[place] for each in calls])
 
     def _low(self, groups: Iterable[SharedInput]) -> list[str]:
         """Layers of the groups that get the grid's bits."""

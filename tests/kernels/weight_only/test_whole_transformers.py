@@ -14,7 +14,7 @@ from goldcrest.kernels import weight_only
 from goldcrest.kernels.language.sequential import walk
 from goldcrest.kernels.language.stacks import block_linears, stacks
 from goldcrest.kernels.language.wiring import linear_makers, shared_inputs
-from goldcrest.kernels.weight_only import gptq, transformer
+from goldcrest.kernels.weight_only import gptq, rtn, transformer
 from goldcrest.kernels.weight_only.block import of_linears
 from goldcrest.kernels.weight_only.grid import GridSettings, round_to_grid
 from goldcrest.kernels.weight_only.linear import WeightOnlyLinear
@@ -462,6 +462,34 @@ def test_progress_counts_blocks() -> None:
     run(fresh("t5"), "rtn", batches("t5"), progress=lambda done, of: told.append((done, of)))
     assert told == [(1, 2), (2, 2)]
     assert sum(len(stack.blocks) for stack in stacks(fresh("t5"))) == 2
+
+
+@pytest.mark.parametrize("architecture", ["t5", "whisper"])
+def test_targets_of_a_decoder_are_the_float_models(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fed by the float decoder *and* by the states of the float encoder, not the quantized one."""
+    model, given = loud(fresh(architecture)), batches(architecture)
+    last = [stack.blocks[-1] for stack in stacks(model)][-1]
+    outputs: list[Tensor] = []
+    handle = last.module.register_forward_hook(lambda _, __, y: outputs.append(y))
+    for batch in given:
+        logits(model, batch)
+    handle.remove()
+    expected = [y if isinstance(y, Tensor) else y[0] for y in outputs]
+    seen: list[Tensor] = []
+    quantize_block = rtn.quantize
+
+    def look(block: Any, **settings: Any) -> Any:
+        seen.append(block.targets)
+        return quantize_block(block, **settings)
+
+    monkeypatch.setattr(rtn, "quantize", look)
+    monkeypatch.setattr(rtn, "READS", frozenset({"outputs"}))
+    run(model, "rtn", given, grid=GridSettings(group_size=16, bits=2))
+    for found, wanted in zip(seen[-1], expected, strict=True):
+        real = wanted.flatten(0, 1)
+        torch.testing.assert_close(found[: len(real)], real)
 
 
 def test_a_mixture_of_experts_is_refused_before_anything_changes() -> None:
