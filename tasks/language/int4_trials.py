@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from goldcrest.kernels.weight_only.search import Recipe
+    from goldcrest.kernels.weight_only.transformer import Options
 
 Metric = Literal["perplexity", "loss", "accuracy"]
 """What the search keeps within its tolerance; of these, accuracy alone is better when higher."""
@@ -56,7 +57,7 @@ class Material:
     mask: int | None  # the mask token's id, of masked models
     special: tuple[int, ...]  # tokens that no masked model is asked for
     seed: int
-    insert_scales: bool  # multiply inputs where no norm takes AWQ's or TEQ's scales
+    options: Options  # how methods are driven
     device: str
     scratch: Path
 
@@ -182,7 +183,7 @@ def _run(recipe: Recipe, material: Material, metric: Metric) -> dict[str, Any]:
         settings=load(recipe.method).Settings(**recipe.settings),
         high_precision=recipe.high_precision,
         eight_bits=recipe.eight_bits,
-        options=transformer.Options(insert_scales=material.insert_scales),
+        options=material.options,
         seed=material.seed,
     )
     seconds = time.monotonic() - started

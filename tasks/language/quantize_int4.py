@@ -98,6 +98,16 @@ class Int4Config(Config):
     keep_zeros: bool = Field(
         True, description="weights that a sparse model has at zero stay there, in every method"
     )
+    true_sequential: bool = Field(
+        True,
+        description="gptq: a block's layers are calibrated anew after each set that shares an "
+        "input, not once per block; more exact, and a pass over the block for each set",
+    )
+    compute: Literal["bfloat16", "float32"] = Field(
+        "bfloat16",
+        description="precision that inputs are multiplied in where tokens are few (decoding); "
+        "float32 decodes slower",
+    )
     exports: tuple[Layout, ...] = Field(
         (), description="also write the model in these layouts of other runtimes, e.g. gptq"
     )
@@ -202,6 +212,8 @@ def _material(
     cfg: Int4Config, model: Artifact, tokens: Artifact, calibration: Artifact | None, out: Output
 ) -> Material:
     """What the trials work on, checked."""
+    from goldcrest.kernels.weight_only.transformer import Options
+
     folder, description = float_text_bundle(model)
     config = load_config(folder)
     paths = {
@@ -234,7 +246,11 @@ def _material(
         mask=mask,
         special=tuple(tokenizer.all_special_ids),
         seed=out.seed,
-        insert_scales=not cfg.exports,
+        options=Options(
+            true_sequential=cfg.true_sequential,
+            insert_scales=not cfg.exports,  # a division that other runtimes would not make
+            compute=cfg.compute,
+        ),
         device="cuda" if out.runtime.gpus else "cpu",
         scratch=out.scratch,
     )

@@ -22,7 +22,7 @@ from goldcrest.kernels.language.architectures import own_state
 from goldcrest.kernels.language.stacks import block_linears
 from goldcrest.kernels.weight_only.checkpoint import from_checkpoint
 from goldcrest.kernels.weight_only.linear import WeightOnlyLinear
-from goldcrest.kernels.weight_only.transformer import quantized_layers
+from goldcrest.kernels.weight_only.transformer import Options, quantized_layers
 from goldcrest.tasks.data.tokens import TokenRow, TokenWriter, cut
 from goldcrest.tasks.language.bundle import load_bundle, load_model, write_bundle
 from goldcrest.tasks.language.int4_trials import PIECED_ROWS, Material, measure, pieced_loss
@@ -190,7 +190,7 @@ def test_finds_the_smallest_recipe_within_the_tolerance(
         bundle=dense.path, train=rows.file("train.arrow"), validation=rows.file("validation.arrow"),
         calibration=6, length=24, evaluation=20, batch_tokens=256, pad=0, mask=None, special=(),
         seed=3,
-        insert_scales=True, device="cpu", scratch=made.path,
+        options=Options(), device="cpu", scratch=made.path,
     )  # fmt: skip
     again = measure(loaded.model, material.evaluation_batches(), "causal")
     assert again["perplexity"] == told["perplexity"]
@@ -224,7 +224,7 @@ def test_pieces_behind_a_cache_are_the_whole_row(
     paths = {name: made.file(f"{name}.arrow") for name in ("train", "validation")}
     material = Material(
         bundle=dense.path, **paths, calibration=6, length=24, evaluation=PIECED_ROWS,
-        batch_tokens=24, pad=0, mask=None, special=(), seed=3, insert_scales=True, device="cpu",
+        batch_tokens=24, pad=0, mask=None, special=(), seed=3, options=Options(), device="cpu",
         scratch=tmp_path,
     )  # fmt: skip
     model = material.load()
@@ -345,7 +345,7 @@ def test_a_masked_model_is_not_asked_for_special_tokens(rows: Artifact, tmp_path
     material = Material(
         bundle=dense.path, train=rows.file("train.arrow"), validation=rows.file("validation.arrow"),
         calibration=6, length=24, evaluation=20, batch_tokens=256, pad=0, mask=3,
-        special=tuple(range(40)), seed=3, insert_scales=True, device="cpu", scratch=tmp_path,
+        special=tuple(range(40)), seed=3, options=Options(), device="cpu", scratch=tmp_path,
     )  # fmt: skip
     for batch in material.evaluation_batches() + material.calibration_batches():
         asked = batch["labels"][batch["labels"] >= 0]
@@ -430,6 +430,24 @@ def test_calibrates_on_a_corpus_of_its_own(
     assert [each["metric"]["rows"] for each in told] == [20, 20]
     few = run({**cfg, "calibration": 99, "evaluation": 99}, dense, rows).json("bundle")["recipe"]
     assert (few["calibration"]["rows"], few["metric"]["rows"]) == (12, 24)  # all that there are
+
+
+def test_how_methods_are_driven_is_set_in_the_config(
+    run: Run, dense: Artifact, rows: Artifact
+) -> None:
+    """GPTQ's order of calibration, and the precision that decoding multiplies in."""
+    cfg = {"methods": {"gptq": {}}, "group_sizes": [64], "tolerance": 9.0}
+    usual = run(cfg, dense, rows)
+    other = run({**cfg, "true_sequential": False, "compute": "float32"}, dense, rows)
+    options = [each.json("bundle")["quantization"]["options"] for each in (usual, other)]
+    assert options == [
+        {"true_sequential": True, "insert_scales": True, "compute": "bfloat16"},
+        {"true_sequential": False, "insert_scales": True, "compute": "float32"},
+    ]
+    first, second = (quantized_layers(load_model(each.path)) for each in (usual, other))
+    assert {each.form.compute for each in second.values()} == {"float32"}
+    down = "model.layers.0.mlp.down_proj"
+    assert not torch.equal(first[down].codes, second[down].codes)
 
 
 def test_zeros_of_a_sparse_model_stay(run: Run, rows: Artifact, tmp_path: Path) -> None:
