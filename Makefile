@@ -6,13 +6,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Tests that start no Ray of their own go two at a time; the others need both cores.
-PAIRED := tests/kernels tests/tasks tests/test_import_names.py tests/pipelines/test_shipped_configs.py \
-	$(patsubst %,tests/cluster/test_%.py,keys lease serving store store_damage store_gc training training_checkpoints)
+PAIRED := tests/kernels tests/tasks tests/bench tests/chaos/test_commit_faults.py \
+	tests/test_floors.py tests/test_import_names.py tests/test_reliability.py tests/pipelines/test_shipped_configs.py \
+	$(patsubst %,tests/cluster/test_%.py,config_file keys lease serving \
+		store store_damage store_gc store_machine training training_checkpoints)
 FAST := $(BIN)/python -m pytest --hypothesis-profile=fixed -m "not slow"
 # The embedded demo and the tests never talk to a hub, nor to anybody's telemetry.
 export HF_HUB_OFFLINE := 1
 export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
+# pip compiles nothing here: an environment that forbids Python to keep what it compiles, as container
+# images often do, would have every process compile torch and Ray again (three times as slow).
+unexport PYTHONDONTWRITEBYTECODE
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'

@@ -1,7 +1,8 @@
 """Batched posteriors and extraction against the loops of a textbook, in one run on one thread.
 
 The floors (6x and 15x) are ratios of times measured in the same process, best of several, so that
-they say something about the algorithm and not about the machine.
+they say something about the algorithm and not about the machine. The short form has a tenth of the
+recordings and claims no more than that batches are faster at all.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -20,9 +22,21 @@ from goldcrest.kernels.ivector.diagonal_gmm import DiagonalGmm
 from goldcrest.kernels.ivector.statistics import StatisticsSettings
 
 GAUSSIANS, FEATURES, DIMENSIONS = 128, 60, 100
-UTTERANCES, FRAMES = 100, 200
 
-pytestmark = pytest.mark.slow
+
+class Size(NamedTuple):
+    """How much is measured, and how many times faster it has to be."""
+
+    utterances: int
+    frames: int
+    posteriors: float
+    extraction: float
+
+
+SIZES = [
+    pytest.param(Size(10, 50, posteriors=1, extraction=1), id="short"),
+    pytest.param(Size(100, 200, posteriors=6, extraction=15), id="long", marks=pytest.mark.slow),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +57,7 @@ def best_of(runs: int, call: Callable[[], object]) -> float:
     return min(times)
 
 
-def example() -> tuple[DiagonalGmm, list[torch.Tensor]]:
+def example(size: Size) -> tuple[DiagonalGmm, list[torch.Tensor]]:
     g = torch.Generator().manual_seed(0)
     means = 2 * torch.randn(GAUSSIANS, FEATURES, generator=g, dtype=torch.float64)
     ubm = DiagonalGmm(
@@ -52,8 +66,8 @@ def example() -> tuple[DiagonalGmm, list[torch.Tensor]]:
         variances=0.5 + torch.rand(GAUSSIANS, FEATURES, generator=g, dtype=torch.float64),
         floor=torch.zeros(FEATURES, dtype=torch.float64),
     )
-    owner = torch.randint(0, GAUSSIANS, (UTTERANCES, FRAMES), generator=g)
-    noise = torch.randn(UTTERANCES, FRAMES, FEATURES, generator=g, dtype=torch.float64)
+    owner = torch.randint(0, GAUSSIANS, (size.utterances, size.frames), generator=g)
+    noise = torch.randn(*owner.shape, FEATURES, generator=g, dtype=torch.float64)
     return ubm, list(means[owner] + noise)
 
 
@@ -89,8 +103,9 @@ def textbook_extraction(
     return np.stack(vectors)
 
 
-def test_batched_posteriors_are_six_times_the_textbook_loop(record_property) -> None:
-    ubm, utterances = example()
+@pytest.mark.parametrize("size", SIZES)
+def test_batched_posteriors_beat_the_textbook_loop(size: Size, record_property) -> None:
+    ubm, utterances = example(size)
     plain = [u.numpy() for u in utterances]
     arguments = (ubm.weights.numpy(), ubm.means.numpy(), ubm.variances.numpy())
     cfg = StatisticsSettings(selected=GAUSSIANS, minimum_posterior=0.0)
@@ -102,11 +117,12 @@ def test_batched_posteriors_are_six_times_the_textbook_loop(record_property) -> 
     slow = best_of(2, lambda: textbook_statistics(plain, *arguments))
     record_property("ratio", slow / fast)
     print(f"posteriors: {fast * 1e3:.1f} ms against {slow * 1e3:.1f} ms, {slow / fast:.1f} x")
-    assert slow / fast >= 6
+    assert slow / fast >= size.posteriors
 
 
-def test_batched_extraction_is_fifteen_times_the_textbook_loop(record_property) -> None:
-    ubm, utterances = example()
+@pytest.mark.parametrize("size", SIZES)
+def test_batched_extraction_beats_the_textbook_loop(size: Size, record_property) -> None:
+    ubm, utterances = example(size)
     cfg = tv.TotalVariabilitySettings(dimensions=DIMENSIONS, formulation="centred")
     model = tv.initialise(ubm, cfg, torch.Generator().manual_seed(1))
     stats = bw.baum_welch(utterances, ubm, StatisticsSettings())
@@ -120,4 +136,4 @@ def test_batched_extraction_is_fifteen_times_the_textbook_loop(record_property) 
     slow = best_of(2, lambda: textbook_extraction(*arguments))
     record_property("ratio", slow / fast)
     print(f"extraction: {fast * 1e3:.1f} ms against {slow * 1e3:.1f} ms, {slow / fast:.1f} x")
-    assert slow / fast >= 15
+    assert slow / fast >= size.extraction

@@ -1,4 +1,7 @@
-"""What the engine costs per optimizer step beside a bare torch loop, and what a start costs."""
+"""What the engine costs per optimizer step beside a bare torch loop, and what a start costs.
+
+The short form measures the same two loops once, on fewer rows, and claims nothing of their ratio.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +19,14 @@ import torch
 from goldcrest.cluster.training import train_local
 from goldcrest.cluster.training_config import TrainingConfig
 
-pytestmark = pytest.mark.slow
-WIDTH, EXAMPLES, BATCH, EPOCHS = 256, 3200, 32, 2
+WIDTH, BATCH, EPOCHS = 256, 32, 2
 
 
 class Work:
     """A multilayer perceptron of 0.8 million weights on random rows."""
 
-    def __init__(self) -> None:
-        self.rows = torch.randn(EXAMPLES, WIDTH, generator=torch.Generator().manual_seed(0))
+    def __init__(self, examples: int) -> None:
+        self.rows = torch.randn(examples, WIDTH, generator=torch.Generator().manual_seed(0))
 
     def build_model(self) -> torch.nn.Module:
         layers: list[torch.nn.Module] = []
@@ -36,7 +38,7 @@ class Work:
         return [{"params": list(model.parameters())}]
 
     def __len__(self) -> int:
-        return EXAMPLES
+        return len(self.rows)
 
     def batch(self, indices: np.ndarray, rng: np.random.Generator) -> dict[str, torch.Tensor]:
         return {"x": self.rows[torch.from_numpy(indices)]}
@@ -62,16 +64,16 @@ class Work:
         assert not state
 
 
-def bare_loop() -> float:
+def bare_loop(examples: int) -> float:
     """Seconds per step of the same work in plain torch."""
-    work = Work()
+    work = Work(examples)
     model = work.build_model()
     optimizer = torch.optim.AdamW(model.parameters())
     rng = np.random.default_rng(0)
     began = time.perf_counter()
     steps = 0
     for _ in range(EPOCHS):
-        for indices in np.array_split(rng.permutation(EXAMPLES), EXAMPLES // BATCH):
+        for indices in np.array_split(rng.permutation(examples), examples // BATCH):
             optimizer.zero_grad()
             work.losses(model, work.batch(indices, rng), epoch=0)["mse"].backward()
             optimizer.step()
@@ -79,10 +81,11 @@ def bare_loop() -> float:
     return (time.perf_counter() - began) / steps
 
 
-def engine(folder: Path, stage: int) -> float:
+def engine(folder: Path, stage: int, examples: int) -> float:
     """Seconds per step in the engine, checkpoints included."""
     config = TrainingConfig(epochs=EPOCHS, batch_size=BATCH, zero_stage=stage)  # type: ignore[arg-type]
-    facts = train_local(Work(), config, scratch=folder, seed=0).measurements
+    facts = train_local(Work(examples), config, scratch=folder, seed=0).measurements
+    assert facts["optimizer_steps"] == EPOCHS * examples // BATCH
     return facts["training_seconds"] / facts["optimizer_steps"]
 
 
@@ -91,20 +94,30 @@ def fastest(measure: Callable[[], float], times: int = 3) -> float:
     return min(measure() for _ in range(times))
 
 
-@pytest.mark.parametrize("stage", [0, 2])
-def test_overhead_per_step(tmp_path: Path, stage: int) -> None:
+@pytest.mark.parametrize(
+    ("stage", "examples", "times", "limit"),
+    [
+        pytest.param(0, 320, 1, float("inf"), id="short"),
+        pytest.param(0, 3200, 3, 3, id="stage 0", marks=pytest.mark.slow),
+        pytest.param(2, 3200, 3, 3, id="stage 2", marks=pytest.mark.slow),
+    ],
+)
+def test_overhead_per_step(
+    tmp_path: Path, stage: int, examples: int, times: int, limit: float
+) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     counter = iter(range(100))
     try:
-        bare = fastest(bare_loop)
-        ours = fastest(lambda: engine(tmp_path / str(next(counter)), stage))
+        bare = fastest(lambda: bare_loop(examples), times)
+        ours = fastest(lambda: engine(tmp_path / str(next(counter)), stage, examples), times)
     finally:
         torch.set_num_threads(before)
     print(f"\nstage {stage}: bare {bare * 1e3:.2f} ms, engine {ours * 1e3:.2f} ms per step")
-    assert ours < 3 * bare
+    assert ours < limit * bare
 
 
+@pytest.mark.slow
 def test_importing_deepspeed_costs_little() -> None:
     code = (
         "import time, torch; began = time.perf_counter()\n"

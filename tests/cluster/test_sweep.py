@@ -294,6 +294,41 @@ def test_asha_stops_trials_by_the_history_of_the_engine(ray_cluster: None, lab: 
     assert free_cores() == 2
 
 
+@pytest.mark.slow
+def test_pbt_copies_the_best_by_the_history_of_the_engine(ray_cluster: None, lab: Lab) -> None:
+    """Four rates are drawn, the last is stopped as the worst; then copies of the best are tried."""
+    from tests.cluster import sweep_training
+
+    path, seed = "learn.training.learning_rate", 9  # which draws the least rate last
+    space = Space.parse({path: {"loguniform": [1e-6, 0.2]}})
+    result = sweep(
+        sweep_training,
+        {"learn": {"seconds": 0.5}},
+        space,
+        SweepOptions(
+            metric="training.loss", scheduler="pbt", grace=5, trials=5, parallel=1, seed=seed
+        ),
+        store=lab.store,
+    )
+    trials = result.trials
+    drawn = trials[:4]
+    assert [trial.config for trial in drawn] == space.random_points(4, seed)
+    assert [trial.state for trial in drawn] == ["succeeded"] * 3 + ["stopped"]
+    assert trials[3].rows == 5  # the first look
+    assert trials[3].scores[-1][1] < min(trial.scores[4][1] for trial in drawn[:3])
+    for trial in trials[:3]:
+        told = trial.metrics["training"]
+        assert trial.rows == 20
+        assert [-trial.scores[0][1], -trial.scores[-1][1]] == [told["first"], told["loss"]]
+    best = min(drawn[:3], key=lambda trial: trial.metrics["training"]["loss"])
+    ratio = trials[4].config[path] / best.config[path]
+    assert ratio == pytest.approx(0.8, rel=1e-3) or ratio == pytest.approx(1.2, rel=1e-3)
+    assert result.best is not None
+    assert result.best.metric <= best.metric
+    assert not lab.leases()
+    assert free_cores() == 2
+
+
 def test_ctrl_c_ends_the_trials_in_good_order(ray_cluster: None, lab: Lab) -> None:
     class Impatient:
         def on_event(self, event: Event) -> None:

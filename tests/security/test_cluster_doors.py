@@ -76,6 +76,7 @@ leave(mode)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.scenario("a job is submitted to a Ray that a run started, without its token")
 def test_a_ray_that_a_run_started_refuses_strangers(tmp_path: Path, record_property: Any) -> None:
     """A user who never heard of tokens: no variable is set, and the home is new."""
