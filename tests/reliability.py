@@ -6,8 +6,8 @@ A test that tries to break something names its scenario, and how often it tried:
     def test_...(record_property): record_property("tried", 10)
 
 With `GOLDCREST_RELIABILITY=docs/reliability.json` a test session adds up what it saw, replaces the
-rows of the scenarios that it ran and writes the table into the page (`make reliability`). Without
-it nothing is written.
+rows of the scenarios that it ran and writes the table into the page (`make reliability`), after
+every file of tests: the whole takes more than an hour. Without it nothing is written.
 """
 
 from __future__ import annotations
@@ -48,8 +48,19 @@ class Tally:
         row["tried"] += tried
         row["failed"] += failed
 
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> Any:
+        """Write what is known where a file ends: its rows are whole."""
+        result = yield
+        if nextitem is None or nextitem.path != item.path:
+            self._write()
+        return result
+
     def pytest_sessionfinish(self) -> None:
-        """Write the rows and the page, where that was asked for."""
+        """Write what a session saw that ended early."""
+        self._write()
+
+    def _write(self) -> None:
         target = os.environ.get(VARIABLE)
         if target and self.rows:
             write(Path(target), self.rows)

@@ -64,17 +64,35 @@ def test_plain():
 """
 
 
+LATER = """
+import json
+from pathlib import Path
+import pytest
+
+@pytest.mark.scenario("later")
+def test_what_is_over_is_written():
+    assert sorted(json.loads(Path("RESULTS").read_text())) == ["broken", "held"]
+"""
+
+
 def test_the_plugin_counts_tries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run of pytest inside this one, on tests of every kind."""
+    """A run of pytest inside this one, on tests of every kind; written where a file ends."""
     (tmp_path / "docs").mkdir()
     (tmp_path / "test_it.py").write_text(TESTS)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = scenario(name): a row\n")
-    monkeypatch.setattr(reliability, "PAGE", tmp_path / "docs" / "page.md")
-    monkeypatch.delenv(reliability.VARIABLE, raising=False)
+    results = tmp_path / "results.json"
+    (tmp_path / "test_later.py").write_text(LATER.replace("RESULTS", str(results)))
+    page = tmp_path / "docs" / "page.md"
+    page.write_text(f"{reliability.BEGIN}\n{reliability.END}\n")
+    monkeypatch.setattr(reliability, "PAGE", page)
+    monkeypatch.setenv(reliability.VARIABLE, str(results))
     tally = reliability.Tally()
     options = ["-q", "-p", "no:cacheprovider", "-c", str(tmp_path / "pytest.ini")]
-    pytest.main([*options, str(tmp_path / "test_it.py")], plugins=[tally])
+    files = [str(tmp_path / name) for name in ("test_it.py", "test_later.py")]
+    pytest.main([*options, *files], plugins=[tally])
     assert tally.rows == {
         "held": {"tried": 20, "failed": 0, "test": "test_it.py"},
         "broken": {"tried": 1, "failed": 1, "test": "test_it.py"},
+        "later": {"tried": 1, "failed": 0, "test": "test_later.py"},
     }
+    assert "| held | 20 | held every time |" in page.read_text()

@@ -11,6 +11,7 @@ library by which the study trained (spec "sparse fine-tuning", section 4).
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,13 +26,18 @@ from goldcrest.tasks.data.tokens import TokenRow, TokenWriter
 from goldcrest.tasks.language.examples import SPLITS, Split, count_examples
 from goldcrest.tasks.language.packing import EncodedText
 from goldcrest.tasks.language.tokenizer import transcript_prefix
-from goldcrest.tasks.language.tokens import TokensConfig, encoded_texts, loaded_tokenizer
+from goldcrest.tasks.language.tokens import (
+    TokensConfig,
+    encoded_texts,
+    loaded_tokenizer,
+    room_for,
+)
 
 _BATCH_ROWS = 32  # utterances handed to one worker at a time: 31 MB of half a minute each
 _SPECTRA = 8  # of which spectra are in memory at once
 _COUNTS = (
     *("examples", "rows", "tokens", "predicted", "characters", "bytes"),
-    *("dropped", "truncated", "longest", "frames"),
+    *("dropped", "truncated", "longest", "length_95", "frames"),
 )
 _NO_PROMPT = np.zeros(0, np.int32)
 
@@ -55,7 +61,7 @@ def write_speech(cfg: TokensConfig, corpus: Artifact, folder: str, out: Output) 
     facts: dict[str, dict[str, int]] = {}
     done = 0
     for split in SPLITS:
-        counts = dict.fromkeys(_COUNTS, 0)
+        counts, lengths = dict.fromkeys(_COUNTS, 0), Counter[int]()
         path = out.file(f"{split}.arrow")
         with (
             TokenWriter(path) as rows,
@@ -64,9 +70,11 @@ def write_speech(cfg: TokensConfig, corpus: Artifact, folder: str, out: Output) 
             batches = _batches(corpus, split)
             for batch in out.runtime.map(make, batches, cpus=cfg.workers_cpus, note="features"):
                 _write(batch, rows, frames, counts, cfg)
+                lengths.update(len(text) for _, text, _ in batch)
                 done += len(batch)
                 out.progress(done / max(total, 1), f"{done} utterances")
             counts["frames"] = frames.frames
+            counts["length_95"] = room_for(lengths)
         facts[split] = counts
     return facts
 

@@ -2,7 +2,7 @@
 
 A prompt and its answer are a row; plain text is packed (tasks/language/packing.py). Of prompts and
 answers the loss sees the answers only. What does not fit into `length` is cut or left out, and
-counted.
+counted; where that is more than `max_dropped_share` the step fails and says which length would do.
 
     causal    [bos] prompt | answer [eos]         packed: [bos] text [eos] [bos] text [eos] ...
     seq2seq   prompt [eos] -> answer [eos]        encoder's input -> labels
@@ -12,14 +12,16 @@ counted.
 Artifact:
     train.arrow, validation.arrow, test.arrow     see tasks/data/tokens.py
     train.features.arrow, ...                     speech: see tasks/data/speech_rows.py
-    facts                                         family, length, bos; rows, tokens, characters and
-                                                  bytes per split
+    facts                                         family, length, bos; per split: rows, tokens,
+                                                  characters, bytes, what was dropped, and the
+                                                  length that 95 % of the examples have room in
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -85,6 +87,13 @@ class TokensConfig(Config):
         description="what happens to a prompt and answer that are too long: left out, or the end "
         "of the answer (seq2seq: of either) is cut off",
     )
+    max_dropped_share: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="share of a split's examples that may be left out for their length; with more "
+        "the step fails: what is left would not stand for the task",
+    )
     bos: bool = Field(
         True, description="begin texts with the tokenizer's bos, if it has one (not seq2seq)"
     )
@@ -96,13 +105,13 @@ class TokensConfig(Config):
     )
 
 
-@task(cpus=0, seeded=False, timeout="12h")
+@task(cpus=0, seeded=False, timeout="12h", version=2)
 def tokens(cfg: TokensConfig, corpus: Artifact, tokenizer: Artifact, out: Output) -> None:
     """Encode, pack and write every split (see the module docstring)."""
     folder = str(tokenizer_folder(tokenizer))
     write = _write_speech if cfg.family == "speech" else _write_text
     facts = write(cfg, corpus, folder, out)
-    _check(facts["train"], cfg)
+    _check_dropped(facts, cfg, out)
     out.json(
         "facts",
         {"family": cfg.family, "length": cfg.length, "bos": cfg.bos, "splits": facts},
@@ -208,7 +217,7 @@ class _RowMaker:
         default_factory=lambda: dict.fromkeys(
             (
                 *("examples", "rows", "tokens", "predicted", "characters", "bytes"),
-                *("dropped", "truncated", "longest"),
+                *("dropped", "truncated", "longest", "length_95"),
             ),
             0,
         )
@@ -216,6 +225,7 @@ class _RowMaker:
 
     def __post_init__(self) -> None:
         self._packer = Packer(self.cfg.length)
+        self._lengths: Counter[int] = Counter()
 
     def add(self, prompt: EncodedText, answer: EncodedText) -> None:
         """The next example."""
@@ -238,12 +248,16 @@ class _RowMaker:
         """The last, shorter row."""
         for packed in self._packer.close():
             self._write(packed.row, packed.example, packed.characters, packed.bytes)
+        self.facts["length_95"] = room_for(self._lengths)
 
     def _add_example(self, prompt: EncodedText, answer: EncodedText, number: int) -> None:
         cfg = self.cfg
         limits = (cfg.length, cfg.answer_length or cfg.length)
         if cfg.family == "causal":
             limits = (cfg.length - 1, max(cfg.length - len(prompt), 1))
+            self._lengths[len(prompt) + len(answer)] += 1
+        else:
+            self._lengths[max(len(prompt), len(answer))] += 1
         fits = len(prompt) <= limits[0] and len(answer) <= limits[1]
         cut = cfg.overlong == "truncate" and (cfg.family == "seq2seq" or len(prompt) <= limits[0])
         if not fits and not cut:
@@ -269,12 +283,36 @@ class _RowMaker:
         facts["longest"] = max(facts["longest"], len(row))
 
 
-def _check(train: dict[str, int], cfg: TokensConfig) -> None:
-    if train["rows"] == 0:
-        raise InputError(
-            f"none of {train['examples']} training examples fits into {cfg.length} tokens",
-            hint="raise tokens.length, or set tokens.overlong to truncate",
-        )
+def room_for(lengths: Mapping[int, int], share: float = 0.95) -> int:
+    """The least length that `share` of the examples have room in; 0 of none.
+
+    `lengths` says how many examples have each length.
+    """
+    wanted, seen = share * sum(lengths.values()), 0
+    for length in sorted(lengths):
+        seen += lengths[length]
+        if seen >= wanted:
+            return length
+    return 0
+
+
+def _check_dropped(splits: Mapping[str, Mapping[str, int]], cfg: TokensConfig, out: Output) -> None:
+    """Say what was left out of each split; InputError where too little of one is left."""
+    fields = "tokens.length" + (" and tokens.answer_length" if cfg.answer_length else "")
+    said = []
+    for split, facts in splits.items():
+        dropped, examples = facts["dropped"], facts["examples"]
+        if dropped > cfg.max_dropped_share * examples or (split == "train" and not facts["rows"]):
+            raise InputError(
+                f"{dropped} of {examples} examples of the split '{split}' do not fit into "
+                f"{cfg.length} tokens: what is left would not stand for the task",
+                hint=f"set {fields} to {facts['length_95']}, which has room for 95 % of them (the "
+                "model needs as many positions), or tokens.overlong to truncate",
+            )
+        if dropped:
+            said.append(f"{dropped} of {examples} ({split})")
+    if said:
+        out.progress(None, f"left out, longer than {cfg.length} tokens: {', '.join(said)}")
 
 
 def _length_figure(folder: Path, cfg: TokensConfig) -> Any:

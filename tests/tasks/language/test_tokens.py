@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from goldcrest.cluster.api import Artifact, InputError
 from goldcrest.tasks.data.tokens import TokenReader, TokenRow, cut, has_loss
-from goldcrest.tasks.language.examples import read_examples
+from goldcrest.tasks.language.examples import SPLITS, read_examples
 from goldcrest.tasks.language.packing import EncodedText, PackedRow, Packer
 from goldcrest.tasks.language.prepare import TextConfig, prepare_text
 from goldcrest.tasks.language.tokenizer import (
@@ -253,9 +253,39 @@ def test_the_same_corpus_gives_the_same_bytes(
     assert one.manifest["files"] == two.manifest["files"]
 
 
-def test_nothing_fits(run_task: RunTask, pair_corpus: Artifact, by_bytes: Artifact) -> None:
-    with pytest.raises(InputError, match="none of"):
-        run_task(tokens, TokensConfig(length=8), pair_corpus, by_bytes)
+@pytest.mark.parametrize("family", ["causal", "seq2seq"])
+def test_too_little_is_left(
+    family: Any, run_task: RunTask, pair_corpus: Artifact, by_bytes: Artifact
+) -> None:
+    """What is left of a split must stand for it; the length that the error names has room."""
+
+    def sizes_of(split: Any) -> list[int]:
+        rows = [(e.prompt, e.answer) for e in read_examples(pair_corpus, split)]
+        whole = sum if family == "causal" else max
+        return sorted(whole(len(text.encode()) + 1 for text in row) for row in rows)
+
+    def refused(**given: Any) -> InputError:
+        with pytest.raises(InputError, match="do not fit into") as error:
+            run_task(tokens, TokensConfig(family=family, **given), pair_corpus, by_bytes)
+        return error.value
+
+    sizes = {split: sizes_of(split) for split in SPLITS}
+    train = sizes["train"]
+    enough = next(size for size in train if sum(s <= size for s in train) >= 0.95 * len(train))
+    error = refused(length=8)
+    assert f"{len(train)} of {len(train)} examples of the split 'train'" in str(error)
+    assert f"set tokens.length to {enough}, which" in str(error.hint)
+    third = train[len(train) // 3]
+    share = max(sum(size > third for size in each) / len(each) for each in sizes.values())
+    lenient = TokensConfig(family=family, length=third, max_dropped_share=share)
+    left = run_task(tokens, lenient, pair_corpus, by_bytes).json("facts")["splits"]
+    for split, each in sizes.items():
+        assert left[split]["rows"] == sum(size <= third for size in each)
+        assert left[split]["length_95"] == next(
+            size for size in each if sum(s <= size for s in each) >= 0.95 * len(each)
+        )
+    refused(length=third, max_dropped_share=share - 0.01)
+    refused(length=2, max_dropped_share=1.0)  # nothing at all is never enough
 
 
 def test_without_bos_the_first_token_is_not_counted(
