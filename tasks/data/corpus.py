@@ -7,7 +7,7 @@ Layouts, found by looking (`layout="auto"`) or stated:
 * `speaker_folders`  one folder per speaker: the name of the first folder level is the speaker
 * `bare`             any folder of audio files, unlabelled
 * `datasets`         a Hugging Face dataset with an `audio` column: one saved on disk as a folder,
-                     or one of the hub as `datasets://NAME[:SPLIT]`
+                     or one of the hub as `datasets://NAME[/CONFIG][@REVISION][:SPLIT]`
 """
 
 from __future__ import annotations
@@ -24,6 +24,12 @@ from typing import Any, Literal
 
 from goldcrest.cluster.api import InputError
 from goldcrest.tasks.data.audio import AUDIO_SUFFIXES
+from goldcrest.tasks.data.hub import (
+    DATASETS_PREFIX,
+    DatasetReference,
+    dataset_reference,
+    load_table,
+)
 
 Layout = Literal["auto", "metadata", "speaker_folders", "bare"]
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -32,9 +38,7 @@ MAX_METADATA_LINE = 1 << 20  # characters: a longer line is not a row of metadat
 _HOPELESS = {
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EINVAL, errno.EILSEQ)
 }
-DATASETS_PREFIX = "datasets://"
 _DATASETS_TEXT = ("text", "sentence", "transcription")  # what datasets call a transcript
-DATASETS_FILES = ("state.json", "dataset_dict.json")  # what `save_to_disk` leaves
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +134,8 @@ def corpus_names(paths: tuple[str, ...]) -> tuple[str, ...]:
 def corpus_name(path: str) -> str:
     """A short name for one corpus: the folder's, also for a manifest file in it."""
     if path.startswith(DATASETS_PREFIX):
-        return path.removeprefix(DATASETS_PREFIX).split(":")[0].rpartition("/")[2] or "corpus"
+        place = path.removeprefix(DATASETS_PREFIX).partition(":")[0].partition("@")[0]
+        return place.rpartition("/")[2] or "corpus"
     full = Path(path).expanduser().absolute()
     name = full.parent.name if full.name in METADATA_NAMES else full.name
     return as_text(name.removesuffix(".jsonl").removesuffix(".csv")) or "corpus"
@@ -167,28 +172,15 @@ def _refuse_equal_datasets(paths: tuple[str, ...]) -> None:
     """A dataset has no files that could be compared, but it has one name, or one folder."""
     seen: dict[tuple[str, str], str] = {}
     for path in paths:
-        if (dataset := _dataset_of(path)) is not None:
-            if dataset in seen:
-                raise InputError(
-                    f"the dataset {path} is in two corpora (it is also given as {seen[dataset]})",
-                    hint="give every dataset once, or different splits of it",
-                )
-            seen[dataset] = path
-
-
-def _dataset_of(path: str) -> tuple[str, str] | None:
-    """Folder (links followed) or name on the hub, and split, of a corpus that is a dataset."""
-    reference = path.removeprefix(DATASETS_PREFIX)
-    name, _, split = reference.partition(":") if reference != path else (path, "", "")
-    root = Path(name)
-    if _is_saved_dataset(root):
-        # What was saved as one table has no splits.
-        return str(root.resolve()), split or "train" if (root / DATASETS_FILES[1]).is_file() else ""
-    return (name, split or "train") if reference != path else None
-
-
-def _is_saved_dataset(root: Path) -> bool:
-    return any((root / name).is_file() for name in DATASETS_FILES)
+        if (reference := dataset_reference(path)) is None:
+            continue
+        if reference.identity in seen:
+            raise InputError(
+                f"the dataset {path} is in two corpora (it is also given as "
+                f"{seen[reference.identity]})",
+                hint="give every dataset once, or different splits of it",
+            )
+        seen[reference.identity] = path
 
 
 def refuse_shared_audio(training: Iterable[Recording], evaluation: Iterable[Recording]) -> None:
@@ -223,14 +215,12 @@ def _sha256(recording: Recording) -> bytes:
 
 def read_corpus(path: str, name: str, layout: Layout = "auto") -> Iterator[Recording]:
     """The recordings of one corpus (see the module docstring for layouts)."""
-    if path.startswith(DATASETS_PREFIX):
-        yield from _read_datasets(path.removeprefix(DATASETS_PREFIX), name)
+    if (reference := dataset_reference(path)) is not None:
+        yield from _read_dataset(reference, name)
         return
     root = Path(path).expanduser()
     if root.is_file():
         yield from _read_metadata(root, name)
-    elif _is_saved_dataset(root):
-        yield from _read_datasets(str(root), name)
     elif root.is_dir():
         layout = _detect(root) if layout == "auto" else layout
         if layout == "metadata":
@@ -393,19 +383,11 @@ def _jsonl_rows(manifest: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield place, row
 
 
-def _read_datasets(reference: str, corpus: str) -> Iterator[Recording]:
+def _read_dataset(reference: DatasetReference, corpus: str) -> Iterator[Recording]:
     """A dataset on the hub or saved on disk; audio stays there, encoded, until it is needed."""
     import datasets
 
-    name, _, split = reference.partition(":")
-    try:
-        if _is_saved_dataset(Path(name)):
-            loaded = datasets.load_from_disk(name)
-            table = loaded[split or "train"] if isinstance(loaded, datasets.DatasetDict) else loaded
-        else:
-            table = datasets.load_dataset(name, split=split or "train")
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(f"dataset {reference} can't be loaded: {error}") from error
+    table = load_table(reference)
     if "audio" not in table.column_names:
         raise InputError(f"dataset {reference} has no 'audio' column: {table.column_names}")
     if isinstance(table.features["audio"], datasets.Audio):

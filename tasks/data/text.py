@@ -7,8 +7,8 @@ Files are found by their names' ends:
 * `.txt`              plain text; every document is a row with the field `text`
 * `.parquet`          any columns; the others may also be gzipped: `.jsonl.gz`
 * a folder of such files, also in folders inside it; other files there are not looked at
-* a Hugging Face dataset: one saved on disk as a folder, or one of the hub as
-  `datasets://NAME[/CONFIG][:SPLIT]`, e.g. `datasets://openai/gsm8k/main`
+* a Hugging Face dataset: one saved on disk as a folder, or one of the hub, which is streamed:
+  `datasets://NAME[/CONFIG][@REVISION][:SPLIT]`, e.g. `datasets://openai/gsm8k/main`
 
 Rows are read one after the other and never kept: a corpus need not fit into memory. A row that
 can't be used is given with the reason in `problem`; a file that can't be read is an InputError.
@@ -18,9 +18,11 @@ from __future__ import annotations
 
 import csv
 import fnmatch
+import gzip
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,14 +31,18 @@ from typing import Any, Literal, NoReturn
 from pydantic import Field
 
 from goldcrest.cluster.api import Config, InputError
-from goldcrest.tasks.data.corpus import DATASETS_FILES, DATASETS_PREFIX, as_text
+from goldcrest.tasks.data.corpus import as_text
 from goldcrest.tasks.data.documents import DocumentConfig, read_documents
+from goldcrest.tasks.data.hub import DATASETS_PREFIX, dataset_reference, load_splits
 from goldcrest.tasks.data.lines import BadLine, Lines, TextLines
 
 Role = Literal["train", "validation", "test"]
 ROLES: tuple[Role, ...] = ("train", "validation", "test")
 SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet", ".txt")
 _BATCH_ROWS = 64  # decoded at a time: a row may be large
+# What `datasets` raises for a streamed file whose content is wrong; what a connection raises, an
+# OSError, may pass.
+_UNREADABLE = (ValueError, NotImplementedError, EOFError, gzip.BadGzipFile, zlib.error)
 
 
 class RoleConfig(Config):
@@ -110,8 +116,15 @@ def text_files(path: str, name: str) -> list[TextFile]:
 
     Raises InputError for a path that is not there, is of an unknown kind, or holds no text.
     """
-    if path.startswith(DATASETS_PREFIX):
-        return _dataset_splits(path.removeprefix(DATASETS_PREFIX), name)
+    if (reference := dataset_reference(path)) is not None:
+        splits = load_splits(reference).items()
+        place = Path(reference.name)
+        return [
+            TextFile(
+                name if len(splits) == 1 else f"{name}/{split}", split, place, "dataset", table
+            )
+            for split, table in splits
+        ]
     root = Path(path).expanduser()
     if root.is_file():
         if (kind := _kind(root)) is None:
@@ -120,8 +133,6 @@ def text_files(path: str, name: str) -> list[TextFile]:
                 hint=f"give one of {', '.join(SUFFIXES)}, gzipped or not, or a folder of them",
             )
         return [TextFile(name, name, root, kind)]
-    if any((root / mark).is_file() for mark in DATASETS_FILES):
-        return _dataset_splits(str(root), name)
     if not root.is_dir():
         raise InputError(f"there is no corpus '{path}'", hint="check the path")
     found = [
@@ -272,13 +283,18 @@ def _dataset(
     file: TextFile, _: DocumentConfig, limit: int, columns: Sequence[str] | None
 ) -> Iterator[Row]:
     table, number = file.dataset, 0
-    # Without any of the columns the rows are still there, each of them bad.
-    if wanted := [each for each in columns or () if each in table.column_names]:
+    # Without any of the columns the rows are still there, each of them bad. What is streamed may
+    # not know its columns before it is read (`column_names` is None).
+    if wanted := [each for each in columns or () if each in (table.column_names or ())]:
         table = table.select_columns(wanted)
-    for batch in table.with_format("arrow").iter(_BATCH_ROWS):
-        for row in _rows_of(batch):
-            number += 1
-            yield _decoded(number, row)
+    try:
+        for batch in table.with_format("arrow").iter(_BATCH_ROWS):
+            for row in _rows_of(batch):
+                number += 1
+                yield _decoded(number, row)
+    except _UNREADABLE as error:
+        message = f"dataset {file.name} can't be read beyond row {number}: {error}"
+        raise InputError(message) from error
 
 
 _READERS = {
@@ -289,28 +305,6 @@ _READERS = {
     ".txt": _plain,
     "dataset": _dataset,
 }
-
-
-def _dataset_splits(reference: str, name: str) -> list[TextFile]:
-    """Every split of a saved dataset or one of the hub, or the one that is asked for."""
-    import datasets
-
-    place, _, split = reference.partition(":")
-    try:
-        if any((Path(place) / mark).is_file() for mark in DATASETS_FILES):
-            loaded = datasets.load_from_disk(place)
-        else:
-            owner, _, rest = place.partition("/")
-            repository, _, config = rest.partition("/")
-            loaded = datasets.load_dataset(f"{owner}/{repository}".strip("/"), config or None)
-        if not isinstance(loaded, datasets.DatasetDict):
-            return [TextFile(name, split or "train", Path(place), "dataset", loaded)]
-        return [
-            TextFile(f"{name}/{each}", each, Path(place), "dataset", loaded[each])
-            for each in ([split] if split else sorted(loaded))
-        ]
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:  # a script in it
-        raise InputError(f"dataset {reference} can't be loaded: {error}") from error
 
 
 def _suffixes(path: Path) -> tuple[str, bool]:

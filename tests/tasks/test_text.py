@@ -244,6 +244,78 @@ def test_a_dataset_saved_on_disk(tmp_path: Path) -> None:
         text_files(f"datasets://{tmp_path / 'd'}:nothing", "d")
 
 
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in the place of the hub: `datasets` looks for `owner/name` in the current one."""
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def put(hub: Path, dataset: str, **files: str) -> None:
+    for name, text in files.items():
+        (hub / dataset).mkdir(parents=True, exist_ok=True)
+        (hub / dataset / name.replace("_", ".")).write_text(text)
+
+
+def test_a_dataset_of_the_hub_is_streamed(hub: Path) -> None:
+    """Every split, with the columns that are wanted; nothing goes into a cache on disk."""
+    import datasets
+
+    lines = "".join(json.dumps({"q": str(i), "n": i}) + "\n" for i in range(200))
+    put(hub, "owner/name", train_jsonl=lines, test_jsonl='{"q": "?", "n": 1}\n')
+    files = text_files("datasets://owner/name", "d")
+    assert [(file.name, file.inside) for file in files] == [
+        ("d/test", "test"),
+        ("d/train", "train"),
+    ]
+    assert isinstance(files[1].dataset, datasets.IterableDataset)
+    rows = list(read_rows(files[1], DocumentConfig(), LIMIT, ["q"]))
+    assert [row.fields for row in rows] == [{"q": str(i)} for i in range(200)]
+    assert [row.line for row in rows] == list(range(1, 201))
+    assert len(list(read_rows(files[1], DocumentConfig(), LIMIT, ["missing"]))) == 200
+    one = text_files("datasets://owner/name:test", "d")
+    assert [(file.name, file.inside) for file in one] == [("d", "test")]
+    with pytest.raises(InputError, match="no split 'more'") as error:
+        text_files("datasets://owner/name:more", "d")
+    assert error.value.hint == "its splits are test, train"
+
+
+def test_a_dataset_with_configs(hub: Path) -> None:
+    """Of CSV, whose columns are not known before it is read."""
+    readme = "---\nconfigs:\n" + "".join(
+        f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {name}.csv\n"
+        for name in ("de-en", "fr-en")
+    )
+    put(hub, "wmt/wmt0", README_md=f"{readme}---\n")
+    for name in ("de-en", "fr-en"):
+        put(hub, "wmt/wmt0", **{f"{name}_csv": f"a,b\n{name},1\n"})
+    for name in ("de-en", "fr-en"):
+        (file,) = text_files(f"datasets://wmt/wmt0/{name}", "d")
+        (row,) = read_rows(file, DocumentConfig(), LIMIT, ["a"])
+        assert row.fields["a"] == name
+    with pytest.raises(InputError, match=r"(?s)dataset wmt/wmt0 can't be loaded.*de-en"):
+        text_files("datasets://wmt/wmt0", "d")
+
+
+@pytest.mark.parametrize(
+    ("files", "row"),
+    [
+        ({"train_jsonl": '{"q": 1}\n{"q": broken\n'}, 0),
+        ({"1_csv": "a,b\n" + "1,2\n" * 64, "2_csv": "a,b\n1,2,3\n1,2,3,4\n"}, 64),
+        ({"1_jsonl": '{"q": 1}\n' * 64, "2_jsonl": '{"z": 1}\n'}, 64),
+    ],
+)
+def test_a_streamed_file_that_is_broken(hub: Path, files: dict[str, str], row: int) -> None:
+    put(hub, "owner/bad", **files)
+    (file,) = text_files("datasets://owner/bad", "d")
+    rows = read_rows(file, DocumentConfig(), LIMIT)
+    with pytest.raises(InputError, match=f"dataset d can't be read beyond row {row}: "):
+        for _ in rows:
+            pass
+
+
 @pytest.mark.parametrize(
     ("name", "role"),
     [
