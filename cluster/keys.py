@@ -153,12 +153,20 @@ class Fingerprints:
         """What the file or folder `name` holds, without its place.
 
         A name with a scheme, such as `hf://datasets/a/b`, is taken by name: it names a version of
-        its content, or the caller pins one. Raises InputError for a local name without files, and
-        for one whose files can't be read.
+        its content, or the caller pins one. What names a part of a folder of this machine, such as
+        `datasets:///data/saved:test`, is taken by the folder's content. Raises InputError for a
+        local name without files, and for one whose files can't be read.
         """
         text = str(name)
-        if "://" in text and not text.startswith("file://"):
-            return {"name": text}
+        scheme, separator, place = text.partition("://")
+        if not separator or scheme == "file":
+            return self._of_path(text)
+        folder, _, part = place.partition(":")
+        if folder.startswith("/") and os.path.isdir(folder):  # noqa: PTH112 - never raises
+            return {**self._of_path(folder), "scheme": scheme, "part": part}
+        return {"name": text}
+
+    def _of_path(self, text: str) -> dict[str, Any]:
         path = Path(unquote(urlparse(text).path)) if text.startswith("file://") else Path(text)
         try:
             place = str(path.expanduser().resolve())

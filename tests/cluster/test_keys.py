@@ -228,6 +228,22 @@ def test_a_name_with_a_scheme_counts_as_its_name(fingerprints: Fingerprints) -> 
     assert form["corpus"] == {"name": "hf://datasets/a/b"}
 
 
+def test_a_part_of_a_local_folder_counts_as_the_folder_s_content(
+    tmp_path: Path, fingerprints: Fingerprints
+) -> None:
+    saved, copy = tmp_path / "saved", tmp_path / "copy"
+    for folder in (saved, copy):
+        folder.mkdir()
+        (folder / "data.arrow").write_text("one")
+    of = fingerprints.of
+    first = of(f"datasets://{saved}:test")
+    assert first == of(f"datasets://{copy}:test")  # wherever it lies
+    assert len({str(of(name)) for name in (f"datasets://{saved}", f"datasets://{saved}:test")}) == 2
+    (copy / "data.arrow").write_text("two")
+    assert Fingerprints(tmp_path / "new.sqlite").of(f"datasets://{copy}:test") != first
+    assert of("datasets:///no/such/folder:test") == {"name": "datasets:///no/such/folder:test"}
+
+
 def test_missing_and_empty_input_is_named(tmp_path: Path, fingerprints: Fingerprints) -> None:
     with pytest.raises(InputError, match=r"corpus: there is no file or folder '.*/nowhere'"):
         canonical_config(Corpora(corpus="nowhere"), fingerprints)
