@@ -56,6 +56,7 @@ def diagnose(
     `store` is the store's URI, `address` a Ray cluster to attach to (None: start one here),
     `tracking_uri` an MLflow server to reach (None: only the import is checked).
     """
+    others = other_clusters(address)  # before a check starts a Ray of its own
     checks: list[tuple[str, Callable[[], Check]]] = [
         ("python", check_python),
         ("packages", check_packages),
@@ -69,6 +70,7 @@ def diagnose(
         ("mlflow", lambda: check_mlflow(tracking_uri)),
         ("deepspeed", check_deepspeed),
         ("ray", lambda: check_ray(address)),
+        ("doors", lambda: check_doors(others)),
     ]
     with ThreadPoolExecutor(max_workers=2) as pool:
         found = list(pool.map(lambda pair: _guarded(*pair), checks))
@@ -406,13 +408,44 @@ def check_ray(address: str | None) -> Check:
     return Check(name="ray", status="ok", detail=f"{detail}; strangers are turned away (token)")
 
 
-def _open_cluster(detail: str) -> Check:
+def _open_cluster(detail: str, name: str = "ray") -> Check:
     return Check(
-        name="ray",
+        name=name,
         status="failure",
         detail=f"{detail}; this cluster runs anybody's code: it asks for no token",
         hint="stop it, and start it with RAY_AUTH_MODE=token; a firewall alone is no lock",
     )
+
+
+def other_clusters(address: str | None) -> tuple[str, ...]:
+    """Where Ray runs on this machine already, and what RAY_ADDRESS names, but for `address`."""
+    import psutil
+
+    found = {os.environ.get("RAY_ADDRESS", "")} - {"", "auto", "local"}
+    flag = "--gcs-address="
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or [""]
+        if Path(words[0]).name == "raylet":
+            found |= {word.removeprefix(flag) for word in words if word.startswith(flag)}
+    return tuple(sorted(found - {address}))
+
+
+def check_doors(addresses: Sequence[str]) -> Check:
+    """No Ray that runs already lets strangers in: a run may join it, and others reach it."""
+    from goldcrest.cluster.ray_token import knock_at_dashboard
+
+    states = {
+        each: knock_at_dashboard(each) if each.startswith(("http://", "https://")) else _knock(each)
+        for each in addresses
+    }
+    if opened := [each for each, state in states.items() if state == "open"]:
+        return _open_cluster(f"Ray at {', '.join(opened)}", name="doors")
+    if unknown := [f"{each}: {s}" for each, s in states.items() if s != "closed"]:
+        return Check(name="doors", status="warning", detail=f"Ray at {'; '.join(unknown)}")
+    if not states:
+        return Check(name="doors", status="ok", detail="no other Ray runs here")
+    detail = f"Ray at {', '.join(states)}: strangers are turned away (token)"
+    return Check(name="doors", status="ok", detail=detail)
 
 
 def _check_dashboard(url: str) -> Check:

@@ -98,9 +98,16 @@ class JobSpec(Strict):
     submitterPodTemplate: PodTemplate  # noqa: N815
 
 
+class UpgradeStrategy(Strict):
+    """A RayServiceUpgradeStrategy."""
+
+    type: Literal["None", "NewCluster", "NewClusterWithIncrementalUpgrade"]
+
+
 class ServiceSpec(Strict):
     """A RayServiceSpec."""
 
+    upgradeStrategy: UpgradeStrategy  # noqa: N815
     excludeHeadPodFromServeSvc: bool  # noqa: N815
     serveConfigV2: str  # noqa: N815
     rayClusterConfig: Cluster  # noqa: N815
@@ -297,16 +304,19 @@ def test_the_drain_before_a_spot_node_ends_is_a_command_of_this_ray() -> None:
 
 def test_the_service_is_what_serve_would_write(tmp_path: Path) -> None:
     """The file that `goldcrest serve --write-config` makes, but for the proxies of more nodes."""
+    from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
     from ray.serve.schema import ServeDeploySchema
 
     from goldcrest.pipelines.cli_serve import write_serve_config
     from goldcrest.pipelines.endpoints.speaker import SERVED, SpeakerSettings
+    from goldcrest.pipelines.endpoints.speaker import application as builder
     from goldcrest.pipelines.endpoints.speaker_choice import ModelChoice
 
     config = yaml.safe_load(service().serveConfigV2)
     assert config.pop("proxy_location") == "EveryNode"
     ServeDeploySchema.model_validate(config)
     (application,) = config["applications"]
+    assert call_user_app_builder_with_args_if_necessary(builder, application["args"]) is not None
     written = tmp_path / "serve.yaml"
     write_serve_config(
         written,
@@ -320,6 +330,13 @@ def test_the_service_is_what_serve_would_write(tmp_path: Path) -> None:
         for name, value in yaml.safe_load(written.read_text()).items()
         if name != "proxy_location"
     }
+
+
+def test_the_service_s_state_has_one_cluster_at_a_time() -> None:
+    """A claim that one node has (ReadWriteOnce) and one SQLite file: no second cluster beside."""
+    claims = [v for pod in pods(service().rayClusterConfig) for v in pod.spec.get("volumes", ())]
+    assert any(v.get("persistentVolumeClaim") == {"claimName": "goldcrest-state"} for v in claims)
+    assert service().upgradeStrategy.type == "None"
 
 
 def test_the_service_s_folders_are_where_its_replicas_are() -> None:

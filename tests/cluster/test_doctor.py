@@ -142,6 +142,37 @@ def test_the_door_of_a_real_cluster(ray_cluster: None) -> None:
     assert doctor._knock(ray.get_runtime_context().gcs_address) == "closed"
 
 
+@pytest.mark.parametrize(
+    ("knocks", "status", "said"),
+    [
+        ({}, "ok", "no other Ray runs here"),
+        ({"a:1": "closed", "b:2": "closed"}, "ok", "Ray at a:1, b:2: strangers are turned away"),
+        ({"a:1": "closed", "b:2": "open"}, "failure", "Ray at b:2; this cluster runs anybody's"),
+        ({"a:1": "closed", "b:2": "no answer"}, "warning", "Ray at b:2: no answer"),
+    ],
+)
+def test_the_doors_of_clusters_that_run_already(
+    monkeypatch: pytest.MonkeyPatch, knocks: dict[str, str], status: str, said: str
+) -> None:
+    monkeypatch.setattr(doctor, "_knock", knocks.__getitem__)
+    check = doctor.check_doors(tuple(knocks))
+    assert (check.name, check.status) == ("doors", status)
+    assert said in check.detail
+
+
+def test_clusters_that_run_already_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the command line of Ray's own process, and by the variable that runs heed."""
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    before = set(doctor.other_clusters(None))
+    command = ["/opt/ray/raylet", "-c", "read line", "--gcs-address=10.9.8.7:6379"]
+    with subprocess.Popen(command, executable="/bin/sh", stdin=subprocess.PIPE) as process:
+        monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
+        found = set(doctor.other_clusters(None))
+        process.communicate(b"\n")
+    assert found - before >= {"10.9.8.7:6379", "http://head:8265"}
+    assert "http://head:8265" not in doctor.other_clusters("http://head:8265")
+
+
 @contextlib.contextmanager
 def answering(status: int) -> Iterator[str]:
     """The URL of a server that answers everything with one status."""
