@@ -6,7 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Tests that start no Ray of their own go two at a time; the others need both cores.
-PAIRED := tests/kernels tests/tasks tests/bench tests/chaos/test_commit_faults.py \
+PAIRED := tests/kernels tests/tasks tests/chaos/test_commit_faults.py \
+	$(filter-out %/test_serving_bench.py,$(wildcard tests/bench/test_*.py)) \
 	tests/test_floors.py tests/test_import_names.py tests/test_reliability.py tests/pipelines/test_shipped_configs.py \
 	$(patsubst %,tests/cluster/test_%.py,config_file keys lease serving \
 		store store_damage store_gc store_machine training training_checkpoints)

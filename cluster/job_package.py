@@ -6,7 +6,7 @@ folder, as git reads them). The list is made before anything is packed, so a tre
 is refused at once and with the names of what makes it large. The same tree gives the same bytes,
 and Ray sends a package that the cluster has already only once.
 
-A file that the job's command names (a config) is sent wherever it lies in the tree.
+A file that the job's command names (a config) is sent wherever it lies, from outside the tree too.
 
 A link to something inside the tree is sent as a copy (Ray unpacks no links), but not where that is
 left out under its own name: `settings -> .env` is as secret as `.env`. A link that leads outside is
@@ -45,6 +45,8 @@ SECRETS = (
     "id_ed25519*",
 )
 """Tokens, keys, passwords: a job's package lies readable on every node."""
+SUBMITTED = ".submitted"
+"""Folder of a package for files that its command names and the tree does not have."""
 EXCLUDES = (
     *SECRETS,
     ".git/",
@@ -61,6 +63,7 @@ EXCLUDES = (
     "/build/",
     "/dist/",
     ".goldcrest/",
+    f"/{SUBMITTED}/",
     "/mlruns/",
     "/mlflow.db*",
     "/data/",
@@ -129,15 +132,22 @@ def collect(root: Path, excludes: Sequence[str] = ()) -> Package:
     )
 
 
-def including(package: Package, path: Path) -> Package:
-    """The package with the file `path` of its tree, also where the rules leave that out."""
+def including(package: Package, path: Path, name: str = "") -> tuple[Package, str]:
+    """The package with the file `path`, also where the rules leave that out; and its name there.
+
+    A file of the tree keeps its place. One from outside is called `.submitted/NAME`, which the
+    tree may not have.
+    """
     path = path.resolve()
-    name = path.relative_to(package.root).as_posix()
-    if any(file.name == name for file in package.files):
-        return package
-    added = PackagedFile(name=name, path=path, size=path.stat().st_size)
+    if path.is_relative_to(package.root):
+        called = path.relative_to(package.root).as_posix()
+    else:
+        called = f"{SUBMITTED}/{name or path.name}"
+    if any(file.name == called for file in package.files):
+        return package, called
+    added = PackagedFile(name=called, path=path, size=path.stat().st_size)
     files = sorted((*package.files, added), key=lambda file: file.name)
-    return replace(package, files=tuple(files))
+    return replace(package, files=tuple(files)), called
 
 
 class _Search:

@@ -2,7 +2,8 @@
 
 Each event is JSON in a `data:` line with an empty line after it, as the HTML standard has it
 (https://html.spec.whatwg.org/multipage/server-sent-events.html). JSON never holds a bare line
-break, so one line is always enough.
+break, so one line is always enough. Some clients also break lines where `str.splitlines` does: what
+JSON may leave bare of that is escaped.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from starlette.responses import StreamingResponse
 
 EVENT_STREAM = "text/event-stream"
 DONE = b"data: [DONE]\n\n"  # how clients of OpenAI's interface know that nothing is missing
+_BREAKS = {ord(each): f"\\u{ord(each):04x}" for each in "\x85\u2028\u2029"}
 
 
 class EventStream(StreamingResponse):
@@ -28,7 +30,8 @@ class EventStream(StreamingResponse):
 
 def event(content: Any) -> bytes:
     """One event that holds `content` as JSON."""
-    return b"data: " + json.dumps(content, ensure_ascii=False).encode() + b"\n\n"
+    text = json.dumps(content, ensure_ascii=False).translate(_BREAKS)
+    return b"data: " + text.encode() + b"\n\n"
 
 
 def last_event(content: Any) -> dict[str, Any]:

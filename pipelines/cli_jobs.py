@@ -265,29 +265,26 @@ def is_loopback(address: str) -> bool:
 def _placed_files(
     package: Package, pipeline: str, config: str | None, profile: str | None
 ) -> tuple[Package, list[str]]:
-    """`--config` and `--profile` as the job finds them: inside the tree, or by their names.
+    """`--config` and `--profile` as the job finds them: files that are sent, or by their names.
 
-    With the package, which then has those files: the best config of a sweep lies in a store, and
-    stores are left out.
+    With the package, which then has those files: the best config of a sweep lies in a store, which
+    packages leave out or which lies elsewhere.
     """
     from goldcrest.cluster.job_package import including
     from goldcrest.pipelines.discovery import config_files, find_config
 
     options = []
     for option, of, given in (("--config", pipeline, config), ("--profile", "cluster", profile)):
-        path = find_config(of, given, what=option.removeprefix("--"))
+        what = option.removeprefix("--")
+        path = find_config(of, given, what=what)
         if path is None or given is None:
             continue
-        if path.resolve().is_relative_to(package.root):
-            package = including(package, path)
-            options += [option, path.resolve().relative_to(package.root).as_posix()]
-        elif given in config_files(of):  # comes with the goldcrest that is installed there
+        inside = path.resolve().is_relative_to(package.root)
+        if not inside and given in config_files(of):  # comes with the goldcrest installed there
             options += [option, given]
-        else:
-            raise InputError(
-                f"{option} {given} lies outside of {package.root}, and only that is sent",
-                hint="move it there, or give another --working-dir",
-            )
+            continue
+        package, placed = including(package, path, f"{what}{path.suffix}")
+        options += [option, placed]
     return package, options
 
 

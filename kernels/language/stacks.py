@@ -72,13 +72,23 @@ def block_linears(model: nn.Module) -> list[str]:
 
 
 def check_compressible(model: nn.Module) -> None:
-    """Raise ValueError where much of the blocks' weights belongs to no linear layer.
+    """Raise ValueError for a model that would be compressed in part, or by the wrong inputs.
 
     The library keeps a mixture's experts as tensors of three axes: pruning and quantization would
-    pass them by, and yet report the sparsity and the bits of what little they reached.
+    pass them by, and yet report the sparsity and the bits of what little they reached. Where one
+    block serves as several layers (ALBERT), calibration would see the first of its uses only.
     """
     total, outside = 0, {}
-    for stack in stacks(model):
+    found = stacks(model)
+    layers = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    blocks = max(len(stack.blocks) for stack in found)
+    if isinstance(layers, int) and layers > blocks:
+        raise ValueError(
+            f"{type(model).__name__} has {layers} layers of {blocks} blocks of weights: blocks "
+            "that serve more than once can't be compressed, take a model whose layers have their "
+            "own"
+        )
+    for stack in found:
         for block in stack.blocks:
             linears = [each for each in block.module.modules() if isinstance(each, LINEAR_TYPES)]
             inside = {id(value) for each in linears for value in each.parameters()}

@@ -117,8 +117,10 @@ def _one_linear(model: nn.Module, name: str, seen: MinMax, *, dynamic: bool) -> 
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
-    """The model's own loss on labelled batches, mean over batches, natural logarithm."""
-    return sum(float(model(**batch).loss) for batch in batches) / len(batches)
+    """The model's own loss on labelled batches, each by its labelled tokens, natural logarithm."""
+    counts = [int((batch["labels"] >= 0).sum()) for batch in batches]
+    losses = [float(model(**batch).loss) for batch in batches]
+    return sum(n * loss for n, loss in zip(counts, losses, strict=True)) / sum(counts)
 
 
 def highest(scores: Mapping[str, float], count: int) -> list[str]:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -345,19 +345,24 @@ def _card(served: Served) -> ModelCard:
 # ---------------------------------------------------------------------------------- deployment
 
 
-def application(args: GenerateSettings) -> serve.Application:
-    """The Serve application: `import_path: goldcrest.pipelines.endpoints.generate:application`."""
+def application(args: GenerateSettings | Mapping[str, Any]) -> serve.Application:
+    """The Serve application: `import_path: goldcrest.pipelines.endpoints.generate:application`.
+
+    `args` are the settings, or their mapping in a Serve config: Serve makes settings of it only
+    for annotations that are classes, not for postponed ones.
+    """
+    settings = GenerateSettings.model_validate(args)
     models: Any = serve.deployment(
-        TextModels, name="TextModels", user_config=args.models, **model_options(args)
+        TextModels, name="TextModels", user_config=settings.models, **model_options(settings)
     )
-    endpoint = ingress(GenerateEndpoint, args, user_config=args.models)
+    endpoint = ingress(GenerateEndpoint, settings, user_config=settings.models)
     return endpoint.bind(
-        args,
+        settings,
         models.bind(
-            max_context=args.max_context,
-            parallel=args.parallel,
-            max_batch=args.max_batch,
-            cpus=args.cpus,
+            max_context=settings.max_context,
+            parallel=settings.parallel,
+            max_batch=settings.max_batch,
+            cpus=settings.cpus,
         ),
     )
 

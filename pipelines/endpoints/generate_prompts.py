@@ -104,9 +104,12 @@ class PromptReader:
 
 
 def play(turns: Sequence[Turn]) -> str:
-    """Turns as in a play; instructions stand as they are, each with an empty line after it."""
+    """Turns as in a play; instructions stand as they are, each with an empty line after it.
+
+    A model goes on after `Assistant:` with a space: an answer that is sent back has it already.
+    """
     lines = [
-        f"{_NAMES[turn['role']]}: {turn['content']}\n"
+        f"{_NAMES[turn['role']]}: {turn['content'].removeprefix(' ')}\n"
         if turn["role"] in _NAMES
         else f"{turn['content']}\n\n"
         for turn in turns

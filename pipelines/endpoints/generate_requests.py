@@ -33,15 +33,23 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "echo": (False,),
     "frequency_penalty": (0, 0.0),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
     "logit_bias": ({},),
     "logprobs": (False,),
+    "metadata": ({},),
     "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
     "presence_penalty": (0, 0.0),
+    "reasoning_effort": ("none",),
     "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
     "suffix": ("",),
     "tool_calls": ([],),
     "tools": ([],),
-    "tool_choice": ("none",),
+    "tool_choice": ("none", "auto"),
     "top_logprobs": (0,),
 }
 
@@ -234,8 +242,16 @@ class ChatRequest(GenerateRequest):
         None, ge=1, le=2**31, description="the newer name of max_tokens"
     )
 
+    function_call: NotBuilt = None
+    functions: NotBuilt = None
+    metadata: NotBuilt = None
     modalities: NotBuilt = None
+    parallel_tool_calls: NotBuilt = None
+    prediction: NotBuilt = None
+    reasoning_effort: NotBuilt = None
     response_format: NotBuilt = None
+    service_tier: NotBuilt = None
+    store: NotBuilt = None
     tool_choice: NotBuilt = None
     tools: NotBuilt = None
     top_logprobs: NotBuilt = None

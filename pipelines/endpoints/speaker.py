@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -161,6 +162,8 @@ class SpeakerEndpoint(Endpoint):
             max_speakers=settings.max_speakers,
             max_recordings=settings.max_enrolled,
         )
+        # One at a time: those that wait must not hold the threads that other operations need.
+        self._whole_table = ThreadPoolExecutor(1, "whole-table")
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Take the bundles of a `ModelChoice` into service; requests go on meanwhile.
@@ -273,7 +276,9 @@ class SpeakerEndpoint(Endpoint):
         served = self._model(model)
         made = await self._embed(served, await self._read(audio))
         probe = pooled([vector for _, vector in made])
-        candidates = await asyncio.to_thread(self._nearest, served, probe, top)
+        candidates = await asyncio.get_running_loop().run_in_executor(
+            self._whole_table, self._nearest, served, probe, top
+        )
         return Identified(candidates=candidates, threshold=served.threshold, model=served.name)
 
     async def embed(self, audio: Audio, model: ModelName = None) -> Embeddings:
@@ -290,7 +295,9 @@ class SpeakerEndpoint(Endpoint):
 
     async def speakers(self) -> dict[str, list[dict[str, Any]]]:
         """Every enrolled speaker with the models that know them."""
-        rows = await asyncio.to_thread(self._enrolments.speakers)
+        rows = await asyncio.get_running_loop().run_in_executor(
+            self._whole_table, self._enrolments.speakers
+        )
         names = {each.fingerprint: each.name for each in self._served.values()}
         for row in rows:
             row["model"] = names.get(row["model"])  # null: enrolled with a model not served now
@@ -388,19 +395,24 @@ def unknown(speaker: str) -> HTTPException:
 # ---------------------------------------------------------------------------------- deployment
 
 
-def application(args: SpeakerSettings) -> serve.Application:
-    """The Serve application: `import_path: goldcrest.pipelines.endpoints.speaker:application`."""
+def application(args: SpeakerSettings | Mapping[str, Any]) -> serve.Application:
+    """The Serve application: `import_path: goldcrest.pipelines.endpoints.speaker:application`.
+
+    `args` are the settings, or their mapping in a Serve config: Serve makes settings of it only
+    for annotations that are classes, not for postponed ones.
+    """
+    settings = SpeakerSettings.model_validate(args)
     models: Any = serve.deployment(
-        SpeakerModels, name="SpeakerModels", user_config=args.models, **model_options(args)
+        SpeakerModels, name="SpeakerModels", user_config=settings.models, **model_options(settings)
     )
-    endpoint = ingress(SpeakerEndpoint, args, user_config=args.models)
+    endpoint = ingress(SpeakerEndpoint, settings, user_config=settings.models)
     return endpoint.bind(
-        args,
+        settings,
         models.bind(
-            max_seconds=args.max_seconds,
-            min_seconds=args.min_seconds,
-            max_batch=args.max_batch,
-            cpus=args.cpus,
+            max_seconds=settings.max_seconds,
+            min_seconds=settings.min_seconds,
+            max_batch=settings.max_batch,
+            cpus=settings.cpus,
         ),
     )
 

@@ -288,14 +288,20 @@ class SparseObjective(LanguageObjective):
         return {**found, self.distillation: distance}
 
     def _frozen_teacher(self, model: nn.Module) -> Any:
-        """The dense model in eval mode, in the student's precision, on its device."""
+        """The dense model in eval mode, in the student's precision, on its device.
+
+        Its buffers stay as they are, as the student's do: rotary frequencies in bfloat16 are off by
+        whole radians at far positions.
+        """
         if self._teacher is None:
             from goldcrest.tasks.language.bundle import load_model
 
             assert self.teacher is not None
             like = next(model.parameters())
             teacher: nn.Module = load_model(self.teacher)
-            self._teacher = teacher.to(like.device, like.dtype)
+            for parameter in teacher.to(like.device).parameters():
+                parameter.data = parameter.data.to(like.dtype)
+            self._teacher = teacher
         return self._teacher
 
     def masks(self, model: nn.Module) -> Mapping[str, Tensor]:

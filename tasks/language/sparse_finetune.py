@@ -194,7 +194,7 @@ def level_name(sparsity: float) -> str:
     return f"sparse_{round(100 * sparsity)}"
 
 
-@task(cpus=0, timeout="7d", version=3)
+@task(cpus=0, timeout="7d", version=4)
 def sparse_finetune_text(
     cfg: SparseTextConfig,
     dense: Artifact,

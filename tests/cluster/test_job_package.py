@@ -72,13 +72,30 @@ def test_a_file_that_is_asked_for_goes_once(tmp_path: Path) -> None:
     for name in ("a.py", "build/profile.yaml", ".goldcrest/store/runs/s/best.yaml", "z.py"):
         write(tmp_path, name)
     package = collect(tmp_path)
-    assert including(package, tmp_path / "a.py") is package
+    assert including(package, tmp_path / "a.py") == (package, "a.py")
     for name in ("build/profile.yaml", ".goldcrest/store/runs/s/best.yaml"):
-        package = including(package, tmp_path / name)
+        package, called = including(package, tmp_path / name)
+        assert called == name
     sent = [file.name for file in package.files]
     assert sent == [".goldcrest/store/runs/s/best.yaml", "a.py", "build/profile.yaml", "z.py"]
     write_zip(package, tmp_path / "package.zip")
     assert zipfile.ZipFile(tmp_path / "package.zip").namelist() == sent
+
+
+def test_a_file_from_outside_has_a_place_of_its_own(tmp_path: Path) -> None:
+    """Of a store elsewhere, say; the tree's own files of that name are never sent."""
+    tree = tmp_path / "tree"
+    for name in ("a.py", ".submitted/config.yaml", "sub/.submitted/x"):
+        write(tree, name, "of the tree")
+    write(tmp_path, "store/best.yaml", "of the store")
+    package = collect(tree)
+    assert [file.name for file in package.files] == ["a.py", "sub/.submitted/x"]
+    package, called = including(package, tmp_path / "store" / "best.yaml", "config.yaml")
+    assert called == ".submitted/config.yaml"
+    write_zip(package, tmp_path / "package.zip")
+    with zipfile.ZipFile(tmp_path / "package.zip") as packed:
+        assert sorted(packed.namelist()) == [called, "a.py", "sub/.submitted/x"]
+        assert packed.read(called) == b"of the store"
 
 
 def test_ignore_files_speak_of_their_own_folder(tmp_path: Path) -> None:

@@ -402,6 +402,14 @@ def test_a_stream_may_take_longer_than_its_beginning(start: Start) -> None:
         assert events(answer) == [*range(12), None]
 
 
+def test_an_event_is_one_line_for_every_reader() -> None:
+    said = {"text": "a\u2028b\u2029c\x85d\x0be\x1cf\rg\nh 🙂"}
+    body = event(said)
+    (line,) = filter(None, body.decode().splitlines())
+    assert json.loads(line.removeprefix("data: ")) == said
+    assert "🙂".encode() in body  # other text stays as short as it is
+
+
 def test_events_are_not_kept_back(start: Start) -> None:
     toy = start()
     with requests.get(toy.url + "/count/2?pause=0.5", stream=True, timeout=10) as answer:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from goldcrest.cluster import checkpoints
+from goldcrest.cluster import checkpoints, training_ray
 from goldcrest.cluster.errors import StepError
 from goldcrest.cluster.training import train_local, train_on_ray
 from goldcrest.cluster.training_config import TrainingConfig
@@ -80,6 +80,39 @@ def test_an_error_of_the_objective_is_not_repeated_and_another_worker_count_goes
     assert names == ["epoch-00001", "epoch-00002"]
     assert len(list((checkpoints.folder_after(folder, 2)).glob("shard-*"))) == 2
     assert_close(here, train_local(toys.NoNoise(), config(), scratch=folder, seed=5))
+
+
+@pytest.mark.parametrize("preempted", [True, False])
+def test_lost_nodes_and_lost_workers_have_budgets_of_their_own(
+    ray_cluster: None,
+    toys: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    preempted: bool,
+) -> None:
+    """Ray Train is told both, and the one that was used up is named."""
+    from ray.train import PreemptionError
+    from ray.train.v2.api.preemption import PreemptionInfo
+
+    notice = PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"a": [0]})
+    budgets: list[tuple[int, int]] = []
+
+    class GivesUp:
+        def __init__(self, _: object, *, run_config: Any, **__: object) -> None:
+            told = run_config.failure_config
+            budgets.append((told.max_failures, told.max_preemption_failures))
+
+        def fit(self) -> None:
+            raise PreemptionError(notice) if preempted else OSError("died")
+
+    monkeypatch.setattr(training_ray, "_trainer_class", lambda: GivesUp)
+    given = config(max_failures=2, max_preemptions=7)
+    with pytest.raises(StepError) as error:
+        train_on_ray(toys.Toy(), given, scratch=tmp_path, seed=5)
+    assert budgets == [(2, 7)]
+    lost = "its nodes to preemption more than 7" if preempted else "its workers more than 2"
+    assert f"training lost {lost} times" in error.value.message
+    assert str(error.value.hint).endswith("max_preemptions" if preempted else "max_failures")
 
 
 class LoopFrames:

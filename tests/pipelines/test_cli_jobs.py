@@ -125,10 +125,10 @@ def test_a_failed_job_gives_its_exit_code(
 ) -> None:
     """2: the run itself refuses its input there. Nothing but the exit code tells that from 1.
 
-    Its files lie where a package has nothing of: in a store, as a sweep's result does, and among
-    build products. The job finds them all the same.
+    Its files lie where a package has nothing of: in a store elsewhere, as a sweep's result does,
+    and among build products. The job finds them all the same.
     """
-    best = tree / ".goldcrest" / "store" / "runs" / "s" / "best.yaml"
+    best = submitted[0].parent / "elsewhere" / "runs" / "s" / "best.yaml"
     for path, text in (
         (best, "say: {word: best}\n"),
         (tree / "build" / "profile.yaml", "steps: {say: {cpus: 99}}\n"),
@@ -199,7 +199,7 @@ def test_status_logs_and_stop(
         (["lab.saying", "--max-upload", "1kB"], "the largest: "),
         (["lab.saying", "--max-upload", "much"], "is not an amount"),
         (["lab.saying", "--env", "A"], "write it as NAME=VALUE"),
-        (["lab.saying", "-c", "../outside.yaml"], "lies outside of"),
+        (["lab.saying", "-c", "../nowhere.yaml"], "there is no config '../nowhere.yaml'"),
         (["lab.saying", "--address", "http://127.0.0.1:9"], "no Ray dashboard answers"),
         (["lab.saying", "--working-dir", "missing"], "is not a folder"),
     ],
@@ -214,7 +214,6 @@ def test_what_is_refused_before_anything_is_sent(
 ) -> None:
     monkeypatch.chdir(tree)
     monkeypatch.syspath_prepend(str(tree))
-    (tree.parent / "outside.yaml").write_text("say: {word: far}\n")
     with pytest.raises(SystemExit) as end:
         cli.main(["submit", "--address", job_cluster.dashboard, *arguments])
     said = capsys.readouterr()

@@ -55,6 +55,13 @@ def serve(
     return called
 
 
+def built(application: Any, args: dict[str, Any]) -> Any:
+    """The application that Serve makes of a config's `args`."""
+    from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
+
+    return call_user_app_builder_with_args_if_necessary(application, args)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -141,7 +148,7 @@ def test_the_written_config_is_one_of_serve(serve: Call, bundle: Path, tmp_path:
     choice = ModelChoice.read(served(tmp_path / "serve.yaml"))
     assert choice.bundles == {"a": bundle}
     assert choice.far == 0.01
-    assert application(settings) is not None
+    assert built(application, found.args) is not None
 
 
 def test_a_language_bundle_gets_the_generate_endpoint(
@@ -162,7 +169,7 @@ def test_a_language_bundle_gets_the_generate_endpoint(
     assert settings.max_tokens == 77
     choice = BundleChoice.read(served(tmp_path / "serve.yaml"))
     assert choice.bundles == {"a": text_bundle, "b": text_bundle}
-    assert application(settings) is not None
+    assert built(application, found.args) is not None
 
 
 def test_what_a_language_bundle_does_not_have(serve: Call, text_bundle: Path, bundle: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BloomConfig, BloomForCausalLM
+from transformers import AlbertConfig, AlbertForMaskedLM, BloomConfig, BloomForCausalLM
 
 from goldcrest.kernels.language.sequential import calibration, rows_of, walk
 from goldcrest.kernels.language.stacks import block_linears, check_compressible, stacks
@@ -68,6 +68,14 @@ def test_experts_that_nothing_would_compress_are_refused() -> None:
     )
     with pytest.raises(ValueError, match=message):
         check_compressible(tiny_models.mixtral())
+
+
+def test_a_block_that_serves_as_several_layers_is_refused() -> None:
+    """Its later uses would be fed what no calibration has seen."""
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
+    config = AlbertConfig(vocab_size=64, embedding_size=16, num_hidden_layers=5, **sizes)
+    with pytest.raises(ValueError, match="has 5 layers of 1 blocks of weights"):
+        check_compressible(AlbertForMaskedLM(config))
 
 
 def test_tables_and_convolutions_in_blocks_are_let_pass(model: Any) -> None:

@@ -267,6 +267,18 @@ def test_measuring_needs_labels() -> None:
         quantize(float_model("llama"), batches("llama", 1), Settings(criterion="measured"))
 
 
+def test_a_loss_is_that_of_tokens_however_they_are_batched() -> None:
+    """Batches are sorted by length: short ones must not count for more."""
+    model = float_model("llama")
+    tokens = torch.randint(3, 60, (6, 12), generator=torch.Generator().manual_seed(0))
+    labels = tokens.clone()
+    labels[:, 0] = -100
+    labels[:3, 4:] = -100
+    batch = {"input_ids": tokens, "labels": labels}
+    uneven = [{k: v[rows] for k, v in batch.items()} for rows in (slice(0, 2), slice(2, 6))]
+    assert mean_loss(model, uneven) == pytest.approx(mean_loss(model, [batch]), rel=1e-5)
+
+
 def test_skipping_what_hurts_most_gives_the_loss_back() -> None:
     model, _, given = with_outlier()
     expected = mean_loss(model, given)

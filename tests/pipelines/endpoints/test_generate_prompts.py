@@ -74,6 +74,8 @@ def test_without_a_template_turns_are_a_play(plain: PromptReader) -> None:
     )
     written = "Be brief.\n\nUser: Who?\nAssistant: A bird.\nUser: Which?\nAssistant:"
     assert play(turns) == written
+    as_it_was_written = (*turns[:2], turn("assistant", " A bird."), turns[3])
+    assert play(as_it_was_written) == written
     assert plain.read(turns) == (plain.read(written)[0], (NEXT_TURN,))
 
 

@@ -110,6 +110,28 @@ def test_values_that_ask_for_nothing_are_taken() -> None:
     assert (found.choices, found.greedy, found.stop) == (1, False, [])
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"store": False, "metadata": {}, "service_tier": "auto", "parallel_tool_calls": True},
+        {"store": None, "metadata": None, "reasoning_effort": None, "prediction": None},
+        {"tools": [], "tool_choice": "auto", "functions": None, "function_call": "auto"},
+    ],
+)
+def test_chat_clients_send_their_defaults_along(more: dict[str, Any]) -> None:
+    body = {"messages": [{"role": "user", "content": "hi"}]}
+    assert ChatRequest.model_validate(body | more).choices == 1
+
+
+@pytest.mark.parametrize(
+    "more", [{"store": True}, {"metadata": {"a": "b"}}, {"prediction": {"type": "content"}}]
+)
+def test_chat_fields_that_ask_for_more_are_refused(more: dict[str, Any]) -> None:
+    body = {"messages": [{"role": "user", "content": "hi"}]}
+    with pytest.raises(ValidationError, match="is not built here: leave it out"):
+        ChatRequest.model_validate(body | more)
+
+
 def chat(**message: Any) -> ChatRequest:
     """A chat request of one message."""
     return ChatRequest.model_validate({"messages": [{"role": "user", **message}]})

@@ -187,6 +187,22 @@ def test_the_teacher_stays_outside_frozen_and_in_eval_mode(tmp_path: Path) -> No
     assert again._teacher is None and objective._teacher is teacher
 
 
+def test_the_teacher_has_the_student_s_precision_but_in_its_buffers(tmp_path: Path) -> None:
+    """The engine casts a student's parameters only; rotary frequencies stay float32 in both."""
+    objective = sparse(tmp_path, "causal", "squarehead")
+    student = objective.build_model()
+    for parameter in student.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    batch = objective.batch(np.arange(5), np.random.default_rng(0))
+    objective.losses(student, batch, epoch=0)
+    teacher = objective._teacher
+    assert {p.dtype for p in teacher.parameters()} == {torch.bfloat16}
+    mine, its = dict(student.named_buffers()), dict(teacher.named_buffers())
+    assert mine.keys() == its.keys() and any("inv_freq" in name for name in mine)
+    for name, value in mine.items():
+        assert its[name].dtype == value.dtype and torch.equal(its[name], value)
+
+
 @pytest.mark.parametrize("family", sorted(MODELS))
 def test_checkpointed_activations_give_the_same_gradients(family: str, tmp_path: Path) -> None:
     """Also through the features that SquareHead takes inside the checkpointed blocks."""
