@@ -263,7 +263,11 @@ class SparseObjective(LanguageObjective):
     def losses(
         self, model: nn.Module, batch: dict[str, Tensor], *, epoch: int
     ) -> dict[str, Tensor]:
-        """Task loss and, unless distillation is "none", the distance to the teacher."""
+        """Task loss and, unless distillation is "none", the distance to the teacher.
+
+        The distance of features is a ratio within the rows that are given: of a batch that is cut
+        into micro-batches it is the mean over these, by their tokens with a loss.
+        """
         from goldcrest.kernels.distillation import feature_mse, logit_kd, squarehead
 
         features = self.distillation in ("squarehead", "feature_mse")
