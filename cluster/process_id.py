@@ -12,12 +12,14 @@ import functools
 import hashlib
 import os
 import platform
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 State = Literal["alive", "dead", "unknown"]
 _PROC = Path("/proc")
+_MARK = re.compile(r"([0-9a-f]{16})-(\d+)-(\d+(?:\.\d+)?)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,21 @@ class ProcessId:
         """The four facts as a JSON mapping."""
         return asdict(self)
 
+    @property
+    def mark(self) -> str:
+        """What the name of a file has in it that is this process's alone."""
+        return f"{self.machine}-{self.pid}-{self.started or 0}"
+
+    @classmethod
+    def marked(cls, name: str) -> ProcessId | None:
+        """The process whose `mark` a name has in it, None if it has none."""
+        found = _MARK.search(name)
+        if found is None:
+            return None
+        machine, pid, started = found.groups()
+        started = "" if started == "0" else started
+        return cls(host="", machine=machine, pid=int(pid), started=started)
+
     def state(self) -> State:
         """Whether the process runs: "unknown" where this machine can't tell."""
         if self.machine != _machine():
@@ -71,6 +88,11 @@ class ProcessId:
             return "dead"  # a zombie: it will never do anything again
         reused = bool(started and self.started and started != self.started)
         return "dead" if reused else "alive"
+
+
+def aside(path: Path) -> Path:
+    """Where this process writes what will replace `path`: hidden, and gc can tell whose it is."""
+    return path.with_name(f".{path.name}.{ProcessId.current().mark}.tmp")
 
 
 @functools.cache

@@ -21,6 +21,7 @@ from goldcrest.cluster.config_file import flatten
 from goldcrest.cluster.errors import InputError
 from goldcrest.cluster.events import Event, RunFinished, RunStarted, StepProgress
 from goldcrest.cluster.masking import mask_secrets, mask_text
+from goldcrest.cluster.process_id import aside
 from goldcrest.cluster.progress import duration, number
 from goldcrest.cluster.report_drawings import Span, draw_curve, draw_dag, draw_timeline
 
@@ -56,9 +57,7 @@ class ReportWriter:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file so that it is there in full or not at all."""
-    import os
-
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = aside(path)
     try:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)

@@ -96,7 +96,8 @@ def run(
         store_uri=store.uri,
         profile=profile.model_dump(mode="json", exclude_defaults=True),
     )
-    _publish(store, run_id)  # from now on other hosts see it: what it needs is kept, it can go on
+    # From now on other hosts see it: what it needs is kept, it can go on.
+    _publish(store, run_id, folder)
     notify = Notifier([EventFile(folder / "events.jsonl"), *listeners])
     driver = _Driver(plan, store=store, run_id=run_id, folder=folder, notify=notify, stop=stop)
     notify(
@@ -116,12 +117,19 @@ def run(
         record.finish(result)  # before the listeners: a report may fail, the record may not
         notify(RunFinished(run_id=run_id, result=result))
         record.finish(result)  # again: a listener has filled in where the report is
-        _publish(store, run_id)
+        _publish(store, run_id, folder)
     return result
 
 
-def _publish(store: Store, run_id: str) -> None:
-    """Copy the record to a remote store; a run does not fail for its record."""
+def _publish(store: Store, run_id: str, folder: Path) -> None:
+    """Copy the record to a remote store; a run does not fail for its record.
+
+    Logs are masked first: a step that was killed, under this driver or an earlier one, could not.
+    """
+    from goldcrest.cluster.worker import mask_log
+
+    for log in folder.glob("logs/*.log"):
+        mask_log(log)
     try:
         store.publish_run(run_id)
     except (OSError, GoldcrestError) as error:

@@ -23,6 +23,7 @@ from typing import Any
 from goldcrest.cluster.events import Event, Listener, RunResult
 from goldcrest.cluster.masking import mask_secrets, mask_text, mask_words
 from goldcrest.cluster.plan import Plan
+from goldcrest.cluster.process_id import aside
 
 
 def new_run_id(pipeline: str) -> str:
@@ -87,7 +88,7 @@ class RunRecord:
 
     def _replace(self, name: str, value: Mapping[str, Any]) -> None:
         path = self.folder / name
-        unfinished = path.with_name(f".{name}.{os.getpid()}")
+        unfinished = aside(path)
         with contextlib.suppress(OSError):
             text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, default=str)
             unfinished.write_text(text + "\n", encoding="utf-8")

@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import stat
+import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
@@ -236,7 +238,9 @@ def page(content: str, *, scripts: bool = False) -> Response:
 
 def ingress(endpoint: type[Endpoint], settings: ServingSettings, **options: Any) -> Any:
     """The deployment of an endpoint; `.bind(settings, ...)` makes the application."""
-    metrics = str(settings.scratch_folder / "metrics")
+    # Of this start alone, and not in the state folder, which may outlive the node: elsewhere the
+    # files of dead replicas would pile up, and a replica with the id of one take over its values.
+    metrics = Path(tempfile.gettempdir(), f"goldcrest-metrics-{secrets.token_hex(8)}")
     crowd = _QUEUE_FACTOR * settings.max_requests
     return serve.deployment(
         serve.ingress()(endpoint),
@@ -248,7 +252,7 @@ def ingress(endpoint: type[Endpoint], settings: ServingSettings, **options: Any)
         ray_actor_options={
             "num_cpus": 0,  # it waits; the models compute
             "resources": settings.api_resources,
-            "runtime_env": {"env_vars": {FOLDER_VARIABLE: metrics}},
+            "runtime_env": {"env_vars": {FOLDER_VARIABLE: str(metrics)}},
         },
         graceful_shutdown_timeout_s=settings.drain_seconds + 1.0,
         graceful_shutdown_wait_loop_s=0.2,

@@ -29,6 +29,8 @@ class RequestMetrics:
         folder = os.environ.get(FOLDER_VARIABLE)
         if folder:
             Path(folder).mkdir(mode=0o700, parents=True, exist_ok=True)
+            # Of a dead replica that had our id: its requests are not ours.
+            Path(folder, f"gauge_livesum_{os.getpid()}.db").unlink(missing_ok=True)
         self._requests = Counter(
             "goldcrest_requests",
             "Requests by route and status",

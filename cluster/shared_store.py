@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from goldcrest.cluster.errors import GoldcrestError, InputError
 from goldcrest.cluster.masking import mask_text
+from goldcrest.cluster.process_id import ProcessId
 from goldcrest.cluster.store import Store
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 _PATIENCE = 10.0
 """Seconds that a file may take to appear elsewhere: network file systems cache folders."""
+SEEN = "seen"  # folder of a bucket with the notes; what is old there was left by the dead
 _ANSWER = 120.0  # seconds that a node may take to answer at all; its worker must start first
 
 
@@ -49,17 +51,20 @@ class _Wall:
         self._bucket = bucket
         self._name = name
 
+    def _object(self, note: str) -> str:
+        return f"{SEEN}/{self._name}/{note}"
+
     def write(self, note: str, text: str) -> None:
         """Leave a note. The folder is never made: a node that lacks it must not seem to have it."""
         if self._bucket is not None:
-            self._bucket.put(f"{self._name}/{note}", text.encode())
+            self._bucket.put(self._object(note), text.encode())
         else:
             (self._folder / f".{self._name}-{note}").write_text(text, encoding="utf-8")
 
     def read(self, note: str) -> str | None:
         """The note, None if there is none."""
         if self._bucket is not None:
-            found = self._bucket.get(f"{self._name}/{note}")
+            found = self._bucket.get(self._object(note))
             return None if found is None else found.decode(errors="replace")
         try:
             return (self._folder / f".{self._name}-{note}").read_text(encoding="utf-8")
@@ -78,7 +83,7 @@ class _Wall:
     def remove(self, note: str) -> None:
         """Take the note away, if it is there."""
         if self._bucket is not None:
-            self._bucket.delete(f"{self._name}/{note}")
+            self._bucket.delete(self._object(note))
         else:
             (self._folder / f".{self._name}-{note}").unlink(missing_ok=True)
 
@@ -109,7 +114,8 @@ def prove_shared(store: Store, folder: Path) -> list[str]:
     names = _living_nodes()
     if len(names) < 2:
         return []
-    name, nonce = f"seen-{secrets.token_hex(8)}", secrets.token_hex(16)
+    me = ProcessId.current().mark  # gc can tell whose notes they are
+    name, nonce = f"seen-{secrets.token_hex(8)}.{me}", secrets.token_hex(16)
     wall = _Wall(folder, _bucket(store.uri), name)
     with _notes(wall, folder, name, nonce, list(names)):
         views = _ask_all(list(names), store.uri, folder, name, nonce)

@@ -178,11 +178,11 @@ class Store(ABC):
     ) -> list[dict[str, Any]]:
         """Remove what nobody needs; rows of {"what", "path", "bytes", "reason"} say what went.
 
-        Always: unfinished work of dead writers, old leases, scratch of committed keys. Only when
-        `keep` is given, and of keys not in it: artifacts older than `older_than` seconds (a
-        bucket's, and this host's copies), and scratch older than that and than `grace` whose step
-        never was committed. What another host may still be using stays for `grace` seconds. A live
-        writer's things are never touched, nor are the records of runs.
+        Always: unfinished work of dead writers (beside run records too), old leases, scratch of
+        committed keys. Only when `keep` is given, and of keys not in it: artifacts older than
+        `older_than` seconds (a bucket's, and this host's copies), and scratch older than that and
+        than `grace` whose step never was committed. What another host may still be using stays for
+        `grace` seconds. A live writer's things are never touched, nor are the records of runs.
         """
 
     def lease(

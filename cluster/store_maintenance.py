@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from goldcrest.cluster.store import Store
     from goldcrest.cluster.store_local import LocalStore
 
+_ASIDE = ("*/.*", "*/logs/.*", "*/tune-*")  # below runs/: what its writer would take away itself
 _TRASH = re.compile(r"trash\.([0-9a-f]{16})-(\d+)-([\d.]*)\.[0-9a-f]{8}")
 Candidate = tuple[str, Path, str]  # what it is, where, why it may go
 
@@ -44,6 +45,7 @@ def collect(
     owner = owner or store
     found: list[Iterable[Candidate]] = [
         _unfinished_work(store, grace),
+        _half_written(store, grace),
         _scratch(store, owner, keep, max(older_than, grace)),
         _leases(store.leases, grace),
         _stamps(store, grace),
@@ -120,6 +122,17 @@ def _trash_owner(name: str) -> ProcessId | None:
     if match is None:
         return None
     return ProcessId(host="", machine=match[1], pid=int(match[2]), started=match[3])
+
+
+def _half_written(store: LocalStore, grace: float) -> Iterator[Candidate]:
+    """What the writers of run records left beside them when they died."""
+    for path in sorted(path for form in _ASIDE for path in (store.root / "runs").glob(form)):
+        writer = ProcessId.marked(path.name)
+        state = writer.state() if writer is not None else "alive"  # no mark: part of the record
+        if state == "dead":
+            yield "half-written", path, "its writer is dead"
+        elif state == "unknown" and _age(path) > grace:
+            yield "half-written", path, "its writer has been silent"
 
 
 def _scratch(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from goldcrest.cluster import store_maintenance
+from goldcrest.cluster.shared_store import SEEN
 
 if TYPE_CHECKING:
     from goldcrest.cluster.store_remote import RemoteStore
@@ -111,10 +112,10 @@ def _claims(store: RemoteStore, now: float, grace: float) -> Iterator[Garbage]:
 
 
 def _half_written(store: RemoteStore, now: float, grace: float) -> Iterator[Garbage]:
-    """What a `put` or a look at the clock left behind when its process died."""
-    for folder in ("clock", "quarantine", "runs"):
+    """What a `put`, a look at the clock or a proof of sight left when its process died."""
+    for folder, passing in (("clock", True), (SEEN, True), ("quarantine", False), ("runs", False)):
         for name, written in store.bucket.times(folder, recursive=True).items():
-            if (folder == "clock" or name.endswith(".part")) and now - written >= grace:
+            if (passing or name.endswith(".part")) and now - written >= grace:
                 path = f"{folder}/{name}"
                 yield Garbage(
                     what="half-written",

@@ -39,6 +39,7 @@ from goldcrest.cluster.events import (
 )
 from goldcrest.cluster.masking import is_secret_name, mask_secrets
 from goldcrest.cluster.plan import Plan, pipeline_name
+from goldcrest.cluster.process_id import ProcessId
 from goldcrest.cluster.profile import Profile, check_placement, running_nodes
 from goldcrest.cluster.ray_session import attach, leave
 from goldcrest.cluster.report import write_text
@@ -368,7 +369,8 @@ def _scratch(folder: Path) -> Iterator[Path]:
     """A fresh folder for Tune's own state; what earlier attempts left is swept away."""
     for old in folder.glob("tune-*"):
         shutil.rmtree(old, ignore_errors=True)
-    made = Path(tempfile.mkdtemp(prefix="tune-", dir=folder))
+    mine = f"tune-{ProcessId.current().mark}-"  # gc can tell whose it is
+    made = Path(tempfile.mkdtemp(prefix=mine, dir=folder))
     try:
         yield made
     finally:

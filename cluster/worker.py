@@ -30,6 +30,7 @@ from goldcrest.cluster.artifact import Artifact, Output
 from goldcrest.cluster.errors import GoldcrestError, StepError, StoreError
 from goldcrest.cluster.masking import mask_secrets, mask_text
 from goldcrest.cluster.placement import own_resources, worker_resources
+from goldcrest.cluster.process_id import aside
 from goldcrest.cluster.runtime import RayRuntime, limit_threads, seed_everything
 from goldcrest.cluster.source_hash import source_hash
 
@@ -307,26 +308,29 @@ def captured_output(path: Path) -> Iterator[None]:
         faulthandler.enable(2)
         with contextlib.suppress(OSError):
             stream.close()
-        with contextlib.suppress(OSError):
-            _mask_file(path)
+        mask_log(path)
 
 
-def _mask_file(path: Path) -> None:
-    """Mask the secrets in a text file, line by line: a log may be long."""
-    masked = path.with_name(f"{path.name}.masked")
+def mask_log(path: Path) -> None:
+    """Mask the secrets in a log, line by line: it may be long. One that is absent stays so.
+
+    The file is replaced as a whole: what somebody still writes to the old one is seen by nobody.
+    """
+    masked = aside(path)
     secret = False
-    with (
-        path.open(encoding="utf-8", errors="backslashreplace", newline="") as before,
-        masked.open("w", encoding="utf-8", newline="") as after,
-    ):
-        for line in before:
-            told = mask_text(line)
-            secret |= told != line
-            after.write(told)
-    if secret:
-        masked.replace(path)
-    else:
-        masked.unlink()
+    with contextlib.suppress(OSError):
+        with (
+            path.open(encoding="utf-8", errors="backslashreplace", newline="") as before,
+            masked.open("w", encoding="utf-8", newline="") as after,
+        ):
+            for line in before:
+                told = mask_text(line)
+                secret |= told != line
+                after.write(told)
+        if secret:
+            masked.replace(path)
+    with contextlib.suppress(OSError):
+        masked.unlink(missing_ok=True)
 
 
 def _flush() -> None:

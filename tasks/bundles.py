@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,9 +58,41 @@ def load_state(folder: Path) -> dict[str, Tensor]:
 
     path = folder / "model.safetensors"
     try:
-        return unpack_state(load_file(path))
-    except (OSError, ValueError, SafetensorError) as error:
+        state = unpack_state(load_file(path))
+        for name, value in state.items():
+            _check_finite(name, value)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise InputError(f"{path} can't be read: {error}") from error
+    return state
+
+
+def _check_finite(name: str, value: Tensor) -> None:
+    if not value.is_floating_point() or not value.numel():
+        return
+    # A NaN is both the least and the greatest; a mask of all values would need as much memory.
+    if not all(bool(end.isfinite()) for end in value.aminmax()):
+        raise ValueError(f"the weight '{name}' holds NaN or infinite values")
+
+
+def check_state(state: Mapping[str, Tensor], wanted: Iterable[tuple[str, Tensor]]) -> None:
+    """ValueError naming a tensor of the state that is not as the model wants it (on "meta").
+
+    Loading alone would take another precision, which fails once the model runs, or never.
+    """
+    known = set()
+    for name, value in wanted:
+        known.add(name)
+        if name not in state:
+            raise ValueError(f"it lacks the weight '{name}'")
+        found = state[name]
+        if (found.shape, found.dtype) != (value.shape, value.dtype):
+            raise ValueError(
+                f"the weight '{name}' is {tuple(found.shape)} {found.dtype}, "
+                f"not {tuple(value.shape)} {value.dtype}"
+            )
+    for name in state:
+        if name not in known:
+            raise ValueError(f"it holds the unknown weight '{name}'")
 
 
 @contextmanager
@@ -72,6 +104,6 @@ def told_as_input(folder: Path) -> Iterator[None]:
         raise
     except KeyError as error:
         raise InputError(f"the bundle {folder} lacks {error}") from error
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"the bundle {folder} can't be used: {reason}") from error

@@ -29,7 +29,7 @@ B utterances   F features   T frames   C channels   M aggregated channels   E em
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -47,6 +47,59 @@ from goldcrest.kernels.speaker.pooling import VARIANCE_FLOOR
 
 TANH_STEP, TANH_ZERO = 1 / 63, 64
 """Grid of the attention's tanh, whose range is known."""
+
+
+def layout(config: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Names and, on "meta", shapes and precisions of the tensors that go with a `config()`."""
+    inputs, skipped = config["input_dim"], config["skipped"]
+    channels, wide, blocks = config["channels"], config["mfa_channels"], len(config["dilations"])
+    middle, squeezed = config["attention_channels"], config["se_channels"]
+    width = channels // config["scale"]
+
+    def put(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> tuple[str, Tensor]:
+        return name, torch.empty(shape, dtype=dtype, device="meta")
+
+    def conv(
+        name: str, rows: int, columns: int, taps: int = 1, *, steps: int = 0
+    ) -> Iterator[tuple[str, Tensor]]:
+        yield put(f"{name}.weight", rows, columns, taps, dtype=torch.int8)
+        yield put(f"{name}.scale", rows)
+        yield put(f"{name}.bias", rows)
+        yield put(f"{name}.zero_point", dtype=torch.int32)
+        if steps and name not in skipped:
+            yield put(f"{name}.input_step", steps)
+
+    def matrix(name: str, rows: int, columns: int) -> Iterator[tuple[str, Tensor]]:
+        yield put(f"{name}.weight", rows, columns, dtype=torch.int8)
+        yield put(f"{name}.scale", rows)
+
+    def norm(name: str, size: int) -> Iterator[tuple[str, Tensor]]:
+        yield put(f"{name}.gain", size)
+        yield put(f"{name}.offset", size)
+
+    yield from conv("enter", channels, inputs, 5, steps=1)
+    yield from norm("enter", channels)
+    for name in (f"layers.{i}" for i in range(blocks)):
+        yield from conv(f"{name}.enter", channels, channels, steps=1)
+        for k in range(config["scale"] - 1):
+            yield from conv(f"{name}.res2.{k}", width, width, 3)
+        yield put(f"{name}.constant", channels, dtype=torch.uint8)
+        yield put(f"{name}.signs", 2, channels, dtype=torch.int8)
+        yield from conv(f"{name}.leave", channels, channels)
+        yield from norm(f"{name}.leave", channels)
+        yield from matrix(f"{name}.squeeze", squeezed, channels)
+        yield put(f"{name}.squeeze.bias", squeezed)
+        yield from matrix(f"{name}.excite", channels, squeezed)
+        yield put(f"{name}.excite.bias", channels)
+    joined = blocks * channels  # each block's slice has a step of its own
+    yield from conv("aggregate", wide, joined, steps=1 if blocks == 1 else joined)
+    yield from conv("pooling.reduce", middle, wide, steps=1)
+    yield from matrix("pooling.context", middle, 2 * wide)
+    if config["asp_variant"] == "tao":
+        yield from norm("pooling.norm", middle)
+    yield from conv("pooling.expand", wide, middle, steps=1)
+    yield from norm("pooled", 2 * wide)
+    yield from conv("embed", config["embedding_dim"], 2 * wide, steps=1)
 
 
 class _Tensors:

@@ -143,6 +143,12 @@ class Int8Linear(nn.Module):
         """The weight (R, D) float32 that the codes stand for."""
         return dequantize_weight(self.weight, self.scale)
 
+    def grid(self) -> Grid | None:
+        """The grid of static activations; ValueError where it is none."""
+        if self.activations == "dynamic":
+            return None
+        return Grid(scale=float(self.input_scale), zero_point=int(self.input_zero_point), bits=BITS)
+
     def extra_repr(self) -> str:
         """Sizes, as torch's own layers print them."""
         return (
@@ -186,12 +192,7 @@ class Int8Linear(nn.Module):
         return y
 
     def _prepare(self) -> _Prepared:
-        grid = None
-        if self.activations == "static":
-            grid = Grid(
-                scale=float(self.input_scale), zero_point=int(self.input_zero_point), bits=BITS
-            )
-        packed = None
+        grid, packed = self.grid(), None
         if self.execution == "fbgemm":
             # Dynamic activations add the bias after their own scales.
             packed = _pack(self.weight, self.scale, None if grid is None else self.bias)

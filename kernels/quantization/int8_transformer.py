@@ -373,7 +373,9 @@ def install(model: PreTrainedModel, description: Mapping[str, Any]) -> None:
                 )
             model.set_submodule(name, layer)
         for name, (heads, width) in description["attentions"].items():
-            put_grids(model.get_submodule(name), AttentionGrids(heads, width))
+            with torch.device(_device(model)):  # on "meta" a step that is missing shows
+                grids = AttentionGrids(heads, width)
+            put_grids(model.get_submodule(name), grids)
     except AttributeError as error:
         raise ValueError(
             f"the INT8 description does not fit {type(model).__name__}: {error}"
@@ -386,6 +388,16 @@ def install(model: PreTrainedModel, description: Mapping[str, Any]) -> None:
                 tensors.setdefault(prefix + name, tensors[prefix + kept])
 
     model.register_load_state_dict_pre_hook(name_again)
+
+
+def check(model: nn.Module) -> None:
+    """Raise ValueError naming a layer whose loaded grid is none."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, Int8Linear):
+            try:
+                layer.grid()
+            except ValueError as error:
+                raise ValueError(f"the grid of '{name}' is damaged: {error}") from error
 
 
 def _device(module: nn.Module) -> torch.device:

@@ -58,7 +58,7 @@ class IntegerConv:
             execution: see `Execution`.
 
         Raises:
-            ValueError: codes of a wrong type or shape.
+            ValueError: codes of a wrong type or shape, a zero point that is no code.
         """
         if weight.dtype != torch.int8 or weight.ndim != 3 or weight.shape[2] % 2 == 0:
             raise ValueError(
@@ -66,6 +66,8 @@ class IntegerConv:
             )
         if not scale.shape == bias.shape == (weight.shape[0],):
             raise ValueError("scale and bias must have one entry per output channel")
+        if not 0 <= zero_point <= TOP:
+            raise ValueError(f"zero_point must be a code 0..{TOP}, not {zero_point}")
         self.weight, self.scale, self.bias = weight, scale.float(), bias.float()
         self.zero_point, self.dilation, self.execution = zero_point, dilation, execution
         self.padding = dilation * (weight.shape[2] - 1) // 2
@@ -134,6 +136,8 @@ class QuantizingConv:
         self.conv = IntegerConv(
             weight, scale, bias, zero_point=zero_point, dilation=1, execution=execution
         )
+        if not bool((input_step > 0).all()):
+            raise ValueError("steps of the input must be above 0")
         self.per_code = 1 / input_step.float().reshape(-1, 1, 1)
         self.per_code_scalar = float(self.per_code) if self.per_code.numel() == 1 else None
         self.shift = torch.tensor(zero_point + 0.5)

@@ -47,10 +47,10 @@ def unpack_bits(packed: Tensor, shape: Sequence[int]) -> Tensor:
     Raises ValueError if the bytes are too many or too few, or bits beyond the end are set.
     """
     count = math.prod(shape)
-    if packed.dtype != torch.uint8 or packed.numel() != -(-count // 8):
+    if packed.dtype != torch.uint8 or packed.shape != (-(-count // 8),):
         raise ValueError(
             f"a bitmask for shape {tuple(shape)} must be {-(-count // 8)} uint8 bytes, "
-            f"not {packed.numel()} of {packed.dtype}"
+            f"not {tuple(packed.shape)} of {packed.dtype}"
         )
     bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
     flat = bits.reshape(-1).bool()
@@ -73,9 +73,10 @@ def unpack(packed: PackedWeight) -> Tensor:
     Raises ValueError if bitmask, values and shape do not belong together.
     """
     there = unpack_bits(packed.bitmask, packed.shape)
-    if int(there.sum()) != packed.values.numel():
+    count = int(there.sum())
+    if packed.values.shape != (count,):
         raise ValueError(
-            f"the bitmask announces {int(there.sum())} values, {packed.values.numel()} are there"
+            f"the bitmask announces {count} values, {tuple(packed.values.shape)} are there"
         )
     dense = torch.zeros(packed.shape, dtype=packed.values.dtype)
     dense[there] = packed.values
@@ -102,18 +103,26 @@ def unpack_state(packed: dict[str, Tensor]) -> dict[str, Tensor]:
     parts = {f"{name}.{part}" for name in names for part in ("bitmask", "values", "shape")}
     state = {name: tensor for name, tensor in packed.items() if name not in parts}
     for name in names:
+        if name in state:
+            raise ValueError(f"the weight '{name}' is there twice, packed and plain")
         try:
             form = PackedWeight(
                 bitmask=packed[f"{name}.bitmask"],
                 values=packed[f"{name}.values"],
-                shape=tuple(int(size) for size in packed[f"{name}.shape"]),
+                shape=_sizes(packed[f"{name}.shape"]),
             )
             state[name] = unpack(form)
         except KeyError as error:
             raise ValueError(f"the packed weight '{name}' lacks {error}") from error
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:  # the last: sizes below zero
             raise ValueError(f"the packed weight '{name}' is damaged: {error}") from error
     return state
+
+
+def _sizes(stored: Tensor) -> tuple[int, ...]:
+    if stored.dtype != torch.int64 or stored.ndim != 1:
+        raise ValueError(f"its shape is {tuple(stored.shape)} {stored.dtype}, not a row of int64")
+    return tuple(stored.tolist())
 
 
 def bytes_per_weight(sparsity: float, value_bytes: int) -> float:

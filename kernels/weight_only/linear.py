@@ -8,10 +8,14 @@ packed in memory and are decoded on the fly, as little at a time as the caches l
 Buffers carry the names of the stored layout (`packing`), so a state dict of the model is what goes
 into the file, and `packing.unpack_state` reads it. Two products:
 
-- few tokens on a CPU (decoding): torch's int4 operator with inputs in bfloat16, which reads half a
-  byte a weight where float32 reads four;
-- many tokens (prefill), other devices, other bits or groups, gradients to the inputs: rows decoded
-  tile by tile. The cost of decoding is shared by all tokens and the product is float32's own.
+- 4 bits on a CPU: torch's int4 operator with inputs in bfloat16, which reads half a byte a weight
+  where float32 reads four;
+- other devices, other bits or groups, gradients to the inputs, `compute` float32: rows decoded tile
+  by tile. The cost of decoding is shared by all tokens and the product is float32's own.
+
+The number of tokens has no say: it is that of the whole batch, and an answer must not depend on who
+else asked. The operator gives a token the same bits in any batch. It takes 1.5 times as long as
+tiles from 512 tokens on, and less up to 128 (of 32 tokens a third; measured on one core).
 
 The operator's packed form differs from machine to machine: it is made at the first call and never
 stored. Codes read from a memory-mapped file are not touched again after that.
@@ -27,13 +31,18 @@ from torch import Tensor, nn
 
 from goldcrest.kernels.weight_only import matmul, torch_int4
 from goldcrest.kernels.weight_only.grid import SCALE_TYPES, QuantizedWeight
-from goldcrest.kernels.weight_only.packing import PARTS, pack, unpack, unpack_codes
-
-OPERATOR_TOKENS = 64
-"""Up to so many tokens the operator is the faster product (measured, tests/bench)."""
+from goldcrest.kernels.weight_only.packing import (
+    PARTS,
+    VERSION,
+    checked_groups,
+    checked_input_scales,
+    pack,
+    unpack,
+    unpack_codes,
+)
 
 Compute = Literal["bfloat16", "float32"]
-"""Precision of the inputs in products of few tokens; the operator is slow in float32."""
+"""Precision of the inputs on a CPU; the operator is slow in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,12 +151,22 @@ class WeightOnlyLinear(nn.Module):
         parts = {part: getattr(self, part) for part in PARTS}
         return unpack({part: tensor for part, tensor in parts.items() if tensor is not None})
 
+    def check(self) -> None:
+        """Raise ValueError for loaded tensors that contradict the form; codes are not read."""
+        form = self.form
+        wanted = [VERSION, form.bits, form.rows, form.columns, form.group_size]
+        if self.header.tolist() != wanted:
+            raise ValueError(f"the header is {self.header.tolist()}, not {wanted}")
+        checked_groups(self.groups, form.columns, form.groups)
+        checked_input_scales(self.input_scales, form.columns)
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., R) in the precision of x."""
         tokens = x.reshape(-1, self.form.columns)
         if self.input_scales is not None:
             tokens = tokens / self.input_scales.to(x.dtype)
-        prepared = self._operator(tokens)
+        differentiable = torch.is_grad_enabled() and tokens.requires_grad
+        prepared = None if differentiable else self._operator(x.device)
         if prepared is None:
             y = matmul.tiled(tokens, self._packed())
         else:
@@ -160,16 +179,9 @@ class WeightOnlyLinear(nn.Module):
         form = self.form
         return f"{form.columns}, {form.rows}, bits={form.bits}, group_size={form.group_size}"
 
-    def _operator(self, tokens: Tensor) -> torch_int4.PackedWeight | None:
+    def _operator(self, device: torch.device) -> torch_int4.PackedWeight | None:
         """The operator's form of the weight, where the operator is the product to take."""
-        differentiable = torch.is_grad_enabled() and tokens.requires_grad
-        if (
-            self.form.compute != "bfloat16"
-            or self.form.bits != 4
-            or tokens.device.type != "cpu"
-            or len(tokens) > OPERATOR_TOKENS
-            or differentiable
-        ):
+        if self.form.compute != "bfloat16" or self.form.bits != 4 or device.type != "cpu":
             return None
         # Buffers are replaced when the module moves and when a state is assigned.
         known = self._prepared

@@ -125,8 +125,8 @@ def unpack(parts: Mapping[str, Tensor]) -> QuantizedWeight:
         zero_points=zero_points,
         bits=bits,
         group_size=group_size,
-        groups=_groups(parts.get("groups"), columns, groups),
-        input_scales=_input_scales(parts.get("input_scales"), columns),
+        groups=checked_groups(parts.get("groups"), columns, groups),
+        input_scales=checked_input_scales(parts.get("input_scales"), columns),
     )
 
 
@@ -181,7 +181,8 @@ def _rows(packed: Tensor, rows: int) -> Tensor:
     return packed
 
 
-def _groups(stored: Tensor | None, columns: int, count: int) -> Tensor | None:
+def checked_groups(stored: Tensor | None, columns: int, count: int) -> Tensor | None:
+    """The group of each column as it is; ValueError for what cannot be."""
     if stored is None:
         return None
     if stored.dtype != torch.int32 or tuple(stored.shape) != (columns,):
@@ -191,7 +192,8 @@ def _groups(stored: Tensor | None, columns: int, count: int) -> Tensor | None:
     return stored
 
 
-def _input_scales(stored: Tensor | None, columns: int) -> Tensor | None:
+def checked_input_scales(stored: Tensor | None, columns: int) -> Tensor | None:
+    """Input scales as they are; ValueError for what cannot be."""
     if stored is None:
         return None
     if stored.dtype != torch.float32 or tuple(stored.shape) != (columns,):

@@ -52,7 +52,7 @@ class Options:
 
     true_sequential: bool = True  # GPTQ: inputs anew after every set of layers, not every block
     insert_scales: bool = True  # AWQ, TEQ: divide inputs where no layer before takes the scales
-    compute: Compute = "bfloat16"  # inputs of products of few tokens, see `linear`
+    compute: Compute = "bfloat16"  # precision of inputs on a CPU, see `linear`
 
 
 def quantize(
@@ -135,6 +135,15 @@ def install(model: nn.Module, description: Mapping[str, Any]) -> None:
             model.set_submodule(name, made)
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"the description of the quantized layers is damaged: {error}") from error
+
+
+def check(model: nn.Module) -> None:
+    """Raise ValueError naming a quantized layer whose loaded tensors are not of its form."""
+    for name, layer in quantized_layers(model).items():
+        try:
+            layer.check()
+        except ValueError as error:
+            raise ValueError(f"the quantized weight '{name}' is damaged: {error}") from error
 
 
 def quantized_layers(model: nn.Module) -> dict[str, WeightOnlyLinear]:

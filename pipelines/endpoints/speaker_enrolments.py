@@ -1,9 +1,10 @@
 """Who is enrolled: unit-length embeddings by model and speaker, in SQLite.
 
 Replicas on one node share the file: write-ahead logging lets them read while one writes, and a
-commit is on disk before it is acknowledged. An embedding means something to its own model only, so
-rows are kept by the model's fingerprint. A recording is known by its SHA-256: a client that repeats
-a request after a timeout does not weigh it twice. The audio itself is not kept.
+commit is on disk before it is acknowledged. What reads the whole table, which takes seconds, has a
+connection of its own: nobody else waits for it. An embedding means something to its own model only,
+so rows are kept by the model's fingerprint. A recording is known by its SHA-256: a client that
+repeats a request after a timeout does not weigh it twice. The audio itself is not kept.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from goldcrest.cluster.errors import InputError
 
 SCHEMA = 1
 _BUSY_SECONDS = 5.0
+_BLOCK = 4096  # rows that a rebuild of the gallery holds
 _TABLE = """
 CREATE TABLE IF NOT EXISTS enrolment (
     model TEXT NOT NULL,
@@ -81,6 +83,12 @@ def pooled(vectors: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
     return unit(unit(np.asarray(vectors)).mean(axis=0))
 
 
+def _connect(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(
+        path, timeout=_BUSY_SECONDS, check_same_thread=False, isolation_level=None
+    )
+
+
 class Enrolments:
     """The table of one database file; safe to use from several threads and processes."""
 
@@ -89,14 +97,13 @@ class Enrolments:
         self._max_speakers = max_speakers
         self._max_recordings = max_recordings
         self._lock = threading.Lock()
-        self._gallery: dict[str, tuple[Any, list[str], np.ndarray]] = {}
-        self._writes = 0
+        self._reading = threading.Lock()  # of the whole table: seconds, for which no writer waits
+        self._gallery: dict[str, tuple[int, list[str], np.ndarray]] = {}
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._connection = sqlite3.connect(
-                path, timeout=_BUSY_SECONDS, check_same_thread=False, isolation_level=None
-            )
+            self._connection = _connect(path)
             self._prepare()
+            self._reader = _connect(path)
         except (OSError, sqlite3.Error) as error:
             raise InputError(f"the database {path} cannot be used: {error}") from None
 
@@ -131,10 +138,11 @@ class Enrolments:
                 self._connection.execute("ROLLBACK")
                 raise
             self._connection.execute("COMMIT")
-            self._writes += 1
 
     def close(self) -> None:
         """Close the database."""
+        with self._reading:
+            self._reader.close()
         with self._lock:
             self._connection.close()
 
@@ -144,7 +152,12 @@ class Enrolments:
             self._connection.execute("SELECT 1 FROM enrolment LIMIT 1").fetchone()
 
     def add(self, model: str, speaker: str, recordings: Sequence[Recording]) -> int:
-        """Enrol recordings of a speaker; how many there now are. FullError changes nothing."""
+        """Enrol recordings of a speaker; how many there now are. FullError changes nothing.
+
+        ValueError for a vector that is not finite: with it, the speaker's mean would be NaN.
+        """
+        if not all(np.isfinite(each.vector).all() for each in recordings):
+            raise ValueError(f"an embedding of '{speaker}' is not finite")
         rows = [
             (model, speaker, each.digest, unit(each.vector).astype("<f4").tobytes(), each.seconds)
             for each in recordings
@@ -189,24 +202,24 @@ class Enrolments:
 
     def gallery(self, model: str) -> tuple[list[str], np.ndarray]:
         """All speakers of a model and their pooled embeddings, names and (S, E)."""
-        with self._lock:
-            # Another process's commit changes `data_version`, one of this connection does not.
-            (version,) = self._connection.execute("PRAGMA data_version").fetchone()
-            state = (version, self._writes)
+        with self._reading:
+            # Changed by every commit but this connection's own, and it makes none. A commit between
+            # here and the rows is in them already, and the next call reads them once more.
+            (version,) = self._reader.execute("PRAGMA data_version").fetchone()
             kept = self._gallery.get(model)
-            if kept is None or kept[0] != state:
-                rows = self._connection.execute(
+            if kept is None or kept[0] != version:
+                rows = self._reader.execute(
                     "SELECT speaker, vector FROM enrolment WHERE model = ? ORDER BY speaker",
                     (model,),
-                ).fetchall()
-                kept = (state, *_pool_rows(rows))
+                )
+                kept = (version, *_pool_rows(rows))
                 self._gallery = {model: kept}
         return kept[1], kept[2]
 
     def speakers(self) -> list[dict[str, Any]]:
         """One row per speaker and model, by name."""
-        with self._lock:
-            rows = self._connection.execute(
+        with self._reading:
+            rows = self._reader.execute(
                 "SELECT speaker, model, count(*), sum(seconds), min(created) FROM enrolment "
                 "GROUP BY speaker, model ORDER BY speaker, model"
             ).fetchall()
@@ -224,11 +237,21 @@ def _vector(blob: bytes) -> np.ndarray:
     return np.frombuffer(blob, dtype="<f4")
 
 
-def _pool_rows(rows: Sequence[tuple[str, bytes]]) -> tuple[list[str], np.ndarray]:
-    """Sorted (speaker, vector) rows -> names and pooled (S, E)."""
-    by_speaker: dict[str, list[np.ndarray]] = {}
-    for speaker, blob in rows:
-        by_speaker.setdefault(speaker, []).append(_vector(blob))
-    if not by_speaker:
-        return [], np.empty((0, 0), np.float32)
-    return list(by_speaker), np.stack([pooled(vectors) for vectors in by_speaker.values()])
+def _pool_rows(rows: sqlite3.Cursor) -> tuple[list[str], np.ndarray]:
+    """Sorted (speaker, vector) rows -> names and pooled (S, E), holding a block of rows at a time.
+
+    The direction of a mean is that of the sum.
+    """
+    names: list[str] = []
+    sums: list[np.ndarray] = []
+    while block := rows.fetchmany(_BLOCK):
+        speakers = [speaker for speaker, _ in block]
+        vectors = unit(_vector(b"".join(blob for _, blob in block)).reshape(len(block), -1))
+        starts = [n for n, name in enumerate(speakers) if n == 0 or name != speakers[n - 1]]
+        found = list(np.add.reduceat(vectors, starts))
+        if names and names[-1] == speakers[0]:  # begun in the block before
+            sums[-1] += found.pop(0)
+            del starts[0]
+        names += [speakers[n] for n in starts]
+        sums += found
+    return names, unit(np.stack(sums)) if names else np.empty((0, 0), np.float32)

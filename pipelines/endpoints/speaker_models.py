@@ -100,7 +100,10 @@ class SpeakerModels:
             samples, frames = await asyncio.to_thread(_frames, loaded, recording, self._limits)
         except AudioError as reason:
             return Embedded(None, refused=str(reason))
-        return Embedded(await self._batched(frames), seconds=len(samples) / 16_000)
+        vector = await self._batched(frames)
+        if not np.isfinite(vector).all():  # enrolled, it would make its speaker's mean NaN
+            return Embedded(None, refused="the model has no finite embedding for it")
+        return Embedded(vector, seconds=len(samples) / 16_000)
 
     @serve.batch(max_batch_size=16, batch_wait_timeout_s=0.0)
     async def _batched(self, frames: list[np.ndarray]) -> list[np.ndarray]:

@@ -19,6 +19,9 @@ AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", "
 SAMPLE_RATE = 16_000
 _BLOCK = 1 << 18  # samples over all channels that are decoded at once
 SILENCE_PEAK = 1e-4  # -80 dBFS: below the quantisation noise of 13-bit audio
+LOUDEST_PEAK = 2.0**31
+"""Full scale of 32-bit integers that were stored as floats unscaled. Spectra square what they read:
+from 2**42 on, features in float32 overflow."""
 
 
 class AudioError(Exception):
@@ -88,7 +91,7 @@ def decode(source: Path | bytes, limits: AudioLimits | None = None) -> np.ndarra
     """All samples of a file as (N,) float32, 16 kHz mono, nominally in [-1, 1].
 
     Channels are averaged. AudioError when the file is unreadable, truncated, silent, too large for
-    this machine's memory, or holds samples that are not finite.
+    this machine's memory, or holds samples that are not finite or absurdly large.
     """
     header = read_header(source, limits)
     conditioner = _Conditioner(header.rate)
@@ -157,6 +160,8 @@ class _Conditioner:
         if not np.isfinite(mono).all():
             raise AudioError("holds samples that are NaN or infinite")
         self._peak = max(self._peak, float(np.abs(mono).max(initial=0.0)))
+        if self._peak > LOUDEST_PEAK:
+            raise AudioError(f"holds samples as large as {self._peak:.3g}; full scale is 1")
         self._parts.append(self._resampled(mono))
 
     def result(self) -> np.ndarray:

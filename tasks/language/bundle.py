@@ -166,11 +166,14 @@ def load_model(folder: Path | str) -> PreTrainedModel:
     model = load_bare(folder)
     with bundles.told_as_input(folder):
         if facts.get("quantization") is not None:
-            _install(model, facts["quantization"])
-        found = model.load_state_dict(bundles.load_state(folder), strict=False, assign=True)
-        if found.unexpected_keys:
-            raise ValueError(f"it holds the unknown weight {found.unexpected_keys[0]}")
-        settle(model)
+            _quantized(facts["quantization"]).install(model, facts["quantization"])
+        state = bundles.load_state(folder)
+        own = model.state_dict()
+        bundles.check_state(state, ((name, own[name]) for name in own if name in state))
+        model.load_state_dict(state, strict=False, assign=True)
+        settle(model)  # which names what is missing: tied weights are stored once
+        if facts.get("quantization") is not None:
+            _quantized(facts["quantization"]).check(model)
     return model.eval().requires_grad_(False)
 
 
@@ -195,12 +198,12 @@ def _load_generation(folder: Path) -> GenerationConfig:
     return GenerationConfig.from_dict(bundles.read_json(folder / "generation_config.json"))
 
 
-def _install(model: PreTrainedModel, quantization: Mapping[str, Any]) -> None:
-    """Put the low-precision modules that the weights belong to in place."""
+def _quantized(quantization: Mapping[str, Any]) -> Any:
+    """What puts the low-precision modules that the weights belong to in place, and checks them."""
     form = quantization.get("form")
     if form not in _INSTALLERS:
         raise ValueError(f"its quantization form {form!r} is none of {', '.join(_INSTALLERS)}")
-    importlib.import_module(_INSTALLERS[form]).install(model, quantization)
+    return importlib.import_module(_INSTALLERS[form])
 
 
 def load_bundle(folder: Path | str) -> LanguageModel:

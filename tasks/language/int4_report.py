@@ -108,8 +108,7 @@ def report(
 
 
 def _decoding(baseline: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """The loss on a few rows read as in decoding, where other products are taken than in the
-    trials, and the perplexity's relative loss there."""
+    """The loss on a few rows read as in decoding, and the perplexity's relative loss there."""
     before, after = baseline["pieced_loss"], chosen["pieced_loss"]
     if before is None or after is None:
         return {}

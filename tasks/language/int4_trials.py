@@ -239,9 +239,8 @@ def measure(
 def pieced_loss(model: nn.Module, material: Material) -> float | None:
     """Nats per token of the first validation rows, read a few tokens at a time behind a cache.
 
-    So a causal model reads when it writes: for few tokens the low-precision layers multiply codes
-    in bfloat16, for the batches of `measure` in float32. None of other families, and where a row's
-    loss is not finite. Of a packed row the first document counts.
+    So a causal model reads when it writes. None of other families, and where a row's loss is not
+    finite. Of a packed row the first document counts.
     """
     import torch
     from torch.nn import functional as F

@@ -105,8 +105,7 @@ class Int4Config(Config):
     )
     compute: Literal["bfloat16", "float32"] = Field(
         "bfloat16",
-        description="precision that inputs are multiplied in where tokens are few (decoding); "
-        "float32 decodes slower",
+        description="precision that inputs are multiplied in on a CPU; float32 decodes slower",
     )
     exports: tuple[Layout, ...] = Field(
         (), description="also write the model in these layouts of other runtimes, e.g. gptq"
@@ -147,7 +146,7 @@ class Int4Config(Config):
         return self
 
 
-@task(cpus=0, timeout="7d", version=2)
+@task(cpus=0, timeout="7d", version=3)
 def quantize_int4(
     cfg: Int4Config, model: Artifact, tokens: Artifact, calibration: Artifact | None, out: Output
 ) -> None:

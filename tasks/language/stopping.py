@@ -16,18 +16,23 @@ class StopStrings(StoppingCriteria):
 
     The text's end alone is decoded: a stop string of n bytes that has just been completed lies
     within the last n tokens, as a token that adds to the text adds a byte at least. One more stands
-    before them, as some tokenizers swallow a space at the beginning of what they decode.
+    before them, as some tokenizers swallow a space at the beginning of what they decode. A run of
+    byte tokens is not cut: without its beginning all of it would be U+FFFD.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str], start: int) -> None:
         """`start` is the place of a row's first new token."""
         self._tokenizer, self._stop, self._start = tokenizer, tuple(stop), start
         self._window = max(len(each.encode()) for each in stop) + 1
+        known = tokenizer.backend_tokenizer.token_to_id
+        self._bytes = {known(f"<0x{byte:02X}>") for byte in range(256)} - {None}
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         """(B,) bool: rows that are done; `input_ids` are (B, T)."""
-        window = input_ids[:, max(self._start, input_ids.shape[1] - self._window) :]
-        texts = self._tokenizer.batch_decode(window, skip_special_tokens=True)
+        first = max(self._start, input_ids.shape[1] - self._window)
+        while first > self._start and not self._bytes.isdisjoint(input_ids[:, first].tolist()):
+            first -= 1
+        texts = self._tokenizer.batch_decode(input_ids[:, first:], skip_special_tokens=True)
         done = [any(each in text for each in self._stop) for text in texts]
         return torch.tensor(done, device=input_ids.device)
 

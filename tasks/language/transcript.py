@@ -3,6 +3,10 @@
 Two things make text uncertain: a character of several tokens that is not complete (bytes of UTF-8),
 and an end of the text that may become part of a stop string. Both are held back until what follows
 settles them, so text that was handed out never has to be taken back.
+
+A tokenizer with byte fallback (Llama 2, Mistral, Gemma) decodes a run of byte tokens as a whole: a
+byte that fits nowhere makes each byte of the run a U+FFFD, those of complete characters too. What
+was handed out stays; only the bytes that were held become U+FFFD.
 """
 
 from __future__ import annotations
@@ -10,7 +14,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from tokenizers.decoders import DecodeStream
+BROKEN = "\ufffd"
+"""What decoders write for bytes that are no character, or not yet one."""
 
 
 class Transcript:
@@ -21,12 +26,12 @@ class Transcript:
         self.tokens: list[int] = []
         self.ended = False
         self._cut = False  # by a stop string
-        self._tokenizer = tokenizer
-        self._decoder = DecodeStream(skip_special_tokens=True)
+        self._tokenizer = tokenizer.backend_tokenizer
         self._stop = tuple(stop)
         self._ends = frozenset(ends)
-        self._decoded = 0  # characters decoded so far
-        self._held = ""  # the last of them, not handed out yet
+        self._before: list[int] = []  # tokens of the last text that was decoded
+        self._pending: list[int] = []  # tokens after them, whose text is not complete
+        self._held = ""  # decoded, not handed out yet
 
     def add(self, token: int) -> str:
         """Text that has become certain by one more token; "" once the text has ended."""
@@ -34,22 +39,37 @@ class Transcript:
             self.ended = True
             return ""
         self.tokens.append(token)
-        return self._take(self._decoder.step(self._tokenizer.backend_tokenizer, token) or "")
+        self._pending.append(token)
+        text = self._pending_text()
+        if not text or text.endswith(BROKEN):
+            return ""
+        self._before, self._pending = self._pending, []
+        return self._take(text)
 
     def finish(self) -> str:
         """What was held back, at the end of the tokens: a broken character becomes U+FFFD."""
         if self._cut:
             return ""
-        whole = self._tokenizer.decode(
-            self.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        certain = self._take(whole[self._decoded :])
+        certain = self._take(self._pending_text())
         rest, self._held = self._held, ""
         return certain + rest
 
+    def _pending_text(self) -> str:
+        """What the pending tokens add to the text before them.
+
+        They are decoded behind the tokens before them, as many decoders take the space from the
+        beginning of a text. If that changes the text before, a run of bytes has broken.
+        """
+        known = self._decode(self._before)
+        text = self._decode(self._before + self._pending)
+        return text[len(known) :] if text.startswith(known) else self._decode(self._pending)
+
+    def _decode(self, tokens: list[int]) -> str:
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        return text
+
     def _take(self, text: str) -> str:
         """Text up to a stop string, or up to what may become the beginning of one."""
-        self._decoded += len(text)
         self._held += text
         places = [place for each in self._stop if (place := self._held.find(each)) >= 0]
         if places:

@@ -118,7 +118,9 @@ def load_network(folder: Path) -> EcapaTdnn:
         settings = network_settings(read_description(folder)["network"])
         with torch.device("meta"):  # sizes are the file's claim: nothing is allocated for them
             network = EcapaTdnn(settings)
-        network.load_state_dict(bundles.load_state(folder), assign=True)
+        state = bundles.load_state(folder)
+        bundles.check_state(state, network.state_dict().items())
+        network.load_state_dict(state, assign=True)
     return network.eval()
 
 
@@ -131,9 +133,11 @@ def load_bundle(folder: Path | str) -> SpeakerModel:
     module: nn.Module
     with bundles.told_as_input(folder):
         if facts["name"] == "int8":
-            from goldcrest.kernels.quantization.int8_ecapa import Int8Ecapa
+            from goldcrest.kernels.quantization.int8_ecapa import Int8Ecapa, layout
 
-            module = Int8Ecapa.from_tensors(bundles.load_state(folder), facts["int8"])
+            state = bundles.load_state(folder)
+            bundles.check_state(state, layout(facts["int8"]))
+            module = Int8Ecapa.from_tensors(state, facts["int8"])
         else:
             module = load_network(folder)
         front_end = FrontEnd(FrontEndConfig(**facts["front_end"]))

@@ -154,10 +154,10 @@ def test_a_bucket_is_seen_and_one_that_refuses_is_a_problem(s3_uri: str, tmp_pat
     from goldcrest.cluster.store_bucket import Bucket
 
     bucket = Bucket.at(s3_uri)
-    bucket.put("seen-1/nonce", b"abc")
+    bucket.put("seen/seen-1/nonce", b"abc")
     seen = look("n1", s3_uri, tmp_path, "seen-1", "abc")
     assert (seen.problem, seen.sees_run) == ("", False)
-    assert bucket.get("seen-1/n1") == b"abc"
+    assert bucket.get("seen/seen-1/n1") == b"abc"
     away = look(
         "n1", s3_uri.replace("endpoint_override=", "endpoint_override=x"), tmp_path, "s", "a"
     )

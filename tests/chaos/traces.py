@@ -17,7 +17,9 @@ def left_over(root: Path) -> list[str]:
     """Files of the store `root` that should not be there once a run has ended and gc has passed."""
     places = [path for name in ("tmp", "scratch") for path in (root / name).glob("*")]
     held = [path for path in (root / "leases").rglob("*") if path.is_file()]
-    return [str(path.relative_to(root)) for path in [*places, *held]]
+    records = (root / "runs").rglob("*")
+    aside = [p for p in records if p.name.startswith((".", "tune-")) and p.name != ".agreed"]
+    return [str(path.relative_to(root)) for path in [*places, *held, *aside]]
 
 
 def alive(mark: str) -> dict[int, str]:

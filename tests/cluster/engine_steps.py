@@ -100,7 +100,7 @@ def bundle(cfg: NumberConfig, source: Artifact, out: Output) -> None:
 @task(cpus=0.5, retries=0, retry_on=(ConnectionError,))
 def trouble(cfg: TroubleConfig, source: Artifact | None = None, *, out: Output) -> None:
     """Fail in the way that the config names."""
-    print(f"about to: {cfg.kind}")
+    print(f"about to: {cfg.kind} --token not-a-secret")
     _misbehave(cfg)
     out.json("number", 0)
 
@@ -108,7 +108,7 @@ def trouble(cfg: TroubleConfig, source: Artifact | None = None, *, out: Output) 
 @task(cpus=0.5, timeout="1.5s")
 def dawdle(cfg: TroubleConfig, source: Artifact, out: Output) -> None:
     """Take longer than the timeout."""
-    print(f"about to: {cfg.kind}")
+    print(f"about to: {cfg.kind} --token not-a-secret")
     _misbehave(cfg)
 
 

@@ -23,11 +23,13 @@ from goldcrest.cluster.events import (
     StepLog,
     StepProgress,
 )
+from goldcrest.cluster.plan import make_plan
 from goldcrest.cluster.profile import Profile
 from goldcrest.cluster.run import run
 from goldcrest.cluster.run_record import Notifier, ProgressReader, last_lines
 from goldcrest.cluster.store import Store
 from goldcrest.cluster.store_remote import RemoteStore
+from goldcrest.cluster.worker import mask_log
 from tests.cluster.engine_steps import (
     Chain,
     ChainConfig,
@@ -181,6 +183,9 @@ def test_every_kind_of_failure_is_told_in_words_and_siblings_finish(
         assert words in failures[kind].message, kind
         assert any(f"about to: {kind}" in line for line in failures[kind].log), kind
     assert failures["input"].hint == "give another --corpus"
+    logs = list(store.run_folder(result.run).glob("logs/*.log"))
+    assert len(logs) == len(TROUBLES) + 2  # also of the steps that were killed or stopped
+    assert not [log.stem for log in logs if "not-a-secret" in log.read_text()]
     reasons = {step.name: step.reason for step in result.steps}
     assert reasons["below"] == "upstream `exit` failed"
     assert reasons["far_below"] == "upstream `below` skipped"
@@ -308,6 +313,37 @@ def test_ctrl_c_leaves_a_record_and_a_run_that_goes_on(ray_cluster: None, store:
     quick = ChainConfig(length=2, rest=NumberConfig(value=1, seconds=0.0))
     again = run(Chain, quick, store=store)
     assert states(again) == {"number": "cached", "add0": "ran", "add1": "ran"}
+
+
+def test_what_a_killed_step_printed_is_masked_before_it_is_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under the same name of the run: driver and step were killed, then the step was made."""
+    monkeypatch.setenv("GOLDCREST_CACHE", str(tmp_path / "cache"))
+    store = Store.open(f"local://{tmp_path}/bucket")
+    assert isinstance(store, RemoteStore)
+    chain = pipeline(number.bind(ONE))
+    step = make_plan(chain, None, store).steps[0].step
+    with store.lease(step.key, owner="test") as lease:
+        store.commit(step.key, store.begin(step.key, lease), {"step": step.name}, lease)
+    log = store.run_folder("killed") / "logs" / "number.log"
+    log.parent.mkdir()
+    log.write_text("began\nAuthorization: Bearer not-a-secret\n")
+    assert run(chain, None, store=store, run_id="killed").status == "succeeded"
+    assert log.read_text() == "began\nAuthorization: ***\n"
+    assert store.bucket.get("runs/killed/logs/number.log") == log.read_bytes()
+
+
+def test_a_log_is_masked_whoever_else_has_it(tmp_path: Path) -> None:
+    log = tmp_path / "step.log"
+    mask_log(log)
+    assert not log.exists()
+    with log.open("w", buffering=1) as stream:
+        stream.write("password: a\n")
+        mask_log(log)
+        stream.write("password: b\n")
+    assert log.read_text() == "password: ***\n"
+    assert list(tmp_path.iterdir()) == [log]
 
 
 def test_a_listener_that_raises_is_told_of_once(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -27,11 +30,13 @@ from goldcrest.cluster.errors import InputError
 from goldcrest.cluster.serving import (
     Endpoint,
     ServingSettings,
+    ingress,
     model_options,
     read_token,
 )
 from goldcrest.cluster.serving_events import DONE, EventStream, event
 from goldcrest.cluster.serving_gate import is_loopback, token_digest
+from goldcrest.cluster.serving_metrics import FOLDER_VARIABLE
 from goldcrest.cluster.serving_process import free_port, reason_of, require_token
 
 TOKEN = "a-token-of-the-tests-3f9c1b"
@@ -552,6 +557,56 @@ def test_requests_are_counted_by_route_not_by_name(start: Start) -> None:
     assert 'goldcrest_requests_total{route="/sleep/{seconds}",status="200"} 2.0' in counted
     assert 'goldcrest_requests_total{route="/sleep/{seconds}",status="422"} 1.0' in counted
     assert 'goldcrest_requests_total{route="other",status="404"} 2.0' in counted
+
+
+def metrics_folder(settings: ServingSettings) -> Path:
+    """Where the replicas of an application that is started now have their metrics."""
+    options: Any = ingress(Toy, settings).ray_actor_options
+    return Path(options["runtime_env"]["env_vars"][FOLDER_VARIABLE])
+
+
+def test_metrics_are_of_one_start_and_not_in_the_state_folder(tmp_path: Path) -> None:
+    settings = ServingSettings(state_folder=tmp_path / "state")
+    first, second = metrics_folder(settings), metrics_folder(settings)
+    assert first != second
+    assert not first.is_relative_to(tmp_path) and not first.exists()
+
+
+COUNT = """
+import os, sys
+from pathlib import Path
+from goldcrest.cluster.serving_metrics import FOLDER_VARIABLE, RequestMetrics
+for old in Path(os.environ[FOLDER_VARIABLE]).glob("gauge_*.db"):
+    old.rename(old.with_name(f"gauge_livesum_{os.getpid()}.db"))  # as though we had its id
+metrics = RequestMetrics()
+for _ in range(int(sys.argv[1])):
+    metrics.began()
+metrics.answered("/x", 200, 0.1)
+print(metrics.exposition().decode(), flush=True)
+os._exit(9)
+"""
+
+
+def counted(folder: Path, inside: int) -> set[str]:
+    """The metrics of a replica that is killed with `inside` requests inside."""
+    done = subprocess.run(
+        [sys.executable, "-c", COUNT, str(inside)],
+        env={**os.environ, FOLDER_VARIABLE: str(folder)},
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 9
+    return set(done.stdout.splitlines())
+
+
+def test_a_replica_with_the_id_of_a_dead_one_has_only_its_own_requests_inside(
+    tmp_path: Path,
+) -> None:
+    for inside, answered in ((3, 1), (1, 2)):  # what was answered is counted for all of them
+        lines = counted(tmp_path / "metrics", inside)
+        assert f"goldcrest_requests_in_progress {inside}.0" in lines
+        assert f'goldcrest_requests_total{{route="/x",status="200"}} {answered}.0' in lines
 
 
 # ----------------------------------------------------------------------------------- settings

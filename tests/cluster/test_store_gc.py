@@ -10,18 +10,46 @@ from pathlib import Path
 import pytest
 
 from goldcrest.cluster.lease import Record
-from goldcrest.cluster.process_id import ProcessId
+from goldcrest.cluster.process_id import ProcessId, aside
+from goldcrest.cluster.shared_store import _Wall
 from goldcrest.cluster.store import Store
+from goldcrest.cluster.store_bucket import Bucket
+from goldcrest.cluster.store_remote import RemoteStore
+from tests.chaos.traces import left_over
 
 KEY, OTHER = (hashlib.sha256(name).hexdigest() for name in (b"gc", b"other"))
 ABANDON = """
 import os, sys
 from goldcrest.cluster.store import Store
+from goldcrest.cluster.store_bucket import Bucket
+from goldcrest.cluster.store_remote import RemoteStore
 store = Store.open(sys.argv[1])
 with store.lease(sys.argv[2], owner="dead") as lease:
     (store.begin(sys.argv[2], lease) / "half.bin").write_bytes(b"x" * 1000)
     (store.scratch(sys.argv[2]) / "checkpoint").write_text("1")
     os._exit(9)
+"""
+BREAK_OFF = """
+import os, sys
+from pathlib import Path
+from goldcrest.cluster import report, run_record, shared_store, sweep, worker
+from goldcrest.cluster.store import Store
+from goldcrest.cluster.store_bucket import Bucket
+from goldcrest.cluster.store_remote import RemoteStore
+store = Store.open(sys.argv[1])
+folder = store.run_folder("dead")
+log = folder / "logs" / "step.log"
+log.parent.mkdir()
+log.write_text("hub_token=abc")
+Path.replace = Path.unlink = lambda *_, **__: None  # as though killed before every one of them
+run_record.RunRecord(folder, {}).write("running")
+report.write_text(folder / "report.html", "half")
+worker.mask_log(log)
+tune = sweep._scratch(folder)
+(tune.__enter__() / "state").write_text("half")
+shared_store._living_nodes = lambda: {"a": "here", "b": "there"}
+shared_store._ask_all = lambda *_: os._exit(9)
+shared_store.prove_shared(store, folder)
 """
 
 
@@ -126,6 +154,39 @@ def test_unknown_folders_are_left_for_the_grace_time(store):
     assert whats(store.gc()) == ["unfinished work"]
 
 
+def test_what_dead_writers_left_beside_run_records_goes(store: Store) -> None:
+    done = subprocess.run([sys.executable, "-c", BREAK_OFF, store.uri])
+    assert done.returncode == 9
+    folder = store.run_folder("dead")
+    (folder / ".agreed").write_text("1.0")
+    for name in ("report.html", "run.json"):
+        (folder / name).write_text("whole")
+    kinds = (".run.json.*.tmp", ".report.html.*.tmp", "logs/.step.log.*.tmp", "tune-*")
+    left = [path for kind in (*kinds, ".seen-*-nonce", ".seen-*-run") for path in folder.glob(kind)]
+    assert len(left) == 6
+    assert sorted(left_over(store.root)) == sorted(str(p.relative_to(store.root)) for p in left)
+    rows = store.gc()
+    assert whats(rows) == ["half-written"]
+    assert {row["path"] for row in rows} == set(map(str, left))
+    assert left_over(store.root) == []
+    kept = sorted(path.name for path in folder.rglob("*"))
+    assert kept == [".agreed", "logs", "report.html", "run.json", "step.log"]
+
+
+def test_what_live_writers_have_beside_run_records_stays(store: Store) -> None:
+    mine = aside(store.run_folder("live") / "run.json")
+    mine.write_text("half")
+    me, far = ProcessId.current(), ProcessId(host="far", machine="e" * 16, pid=1, started="7")
+    other = mine.with_name(mine.name.replace(me.mark, far.mark))
+    other.write_text("half")
+    age(mine, 10 * 86400)
+    age(other, 1800.0)
+    assert store.gc(grace=3600.0) == []  # of the other host nothing is known
+    age(other, 7200.0)
+    assert [row["path"] for row in store.gc(grace=3600.0)] == [str(other)]
+    assert mine.exists()
+
+
 def test_old_leases_go_and_fresh_ones_stay(store):
     put(store, KEY)
     with store.lease(OTHER, owner="live"):
@@ -197,6 +258,16 @@ def test_bucket(tmp_path, monkeypatch):
     assert store.find(KEY) is None
     assert store.bucket.names("", recursive=True) == []
     put(store, KEY)
+
+
+def test_a_bucket_s_notes_of_a_driver_that_died_go(tmp_path: Path) -> None:
+    """Those that `prove_shared` leaves for the nodes."""
+    store = RemoteStore(f"local://{tmp_path}/b", Bucket.at(f"local://{tmp_path}/b"), tmp_path / "c")
+    _Wall(tmp_path, store.bucket, "seen-1").write("nonce", "x")
+    assert store.gc() == []  # young
+    (row,) = store.gc(grace=0.0)
+    assert (row["what"], row["path"]) == ("half-written", "seen/seen-1/nonce")
+    assert store.bucket.names("", recursive=True) == []
 
 
 def test_the_cache_of_a_bucket_ages_out_and_heeds_the_leases_of_the_bucket(tmp_path, monkeypatch):

@@ -90,10 +90,15 @@ def voice(pitch: float, *, seconds: float = 1.5, seed: int = 0) -> bytes:
     return wav(wave)
 
 
-def wav(samples: np.ndarray, rate: int = 16_000, container: str = "WAV") -> bytes:
-    """Samples (N,) or (N, channels) as an audio file."""
+def wav(
+    samples: np.ndarray,
+    rate: int = 16_000,
+    container: str = "WAV",
+    subtype: str | None = None,
+) -> bytes:
+    """Samples (N,) or (N, channels) as an audio file; integers, unless `subtype` says "FLOAT"."""
     sink = io.BytesIO()
-    soundfile.write(sink, samples, rate, format=container)
+    soundfile.write(sink, samples, rate, subtype, format=container)
     return sink.getvalue()
 
 

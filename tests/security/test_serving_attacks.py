@@ -230,7 +230,8 @@ def audio_lies() -> dict[str, bytes]:
         "flac": bytes(flac),
         "quiet": quiet,
         "zip": packed.getvalue(),
-        "nan": wav(np.full(16_000, np.nan), container="WAV"),
+        "nan": wav(np.full(16_000, np.nan), subtype="FLOAT"),
+        "huge": wav(np.full(16_000, 1e25), subtype="FLOAT"),
         "random": b"RIFF" + os.urandom(4) + b"WAVEfmt " + os.urandom(5000),
     }
 

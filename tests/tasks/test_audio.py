@@ -23,6 +23,7 @@ from goldcrest.tasks.data.audio import (
     read_header,
     to_pcm16,
 )
+from goldcrest.tasks.speaker.frontend import FrontEnd, FrontEndConfig
 
 RATE = 16_000
 
@@ -152,6 +153,8 @@ def _bad(tmp_path: Path, kind: str) -> Path:
         samples = tone()
         samples[100] = np.nan
         soundfile.write(path, samples, RATE, subtype="FLOAT")
+    elif kind == "huge":
+        soundfile.write(path, 1e25 * tone(), RATE, subtype="FLOAT")
     elif kind == "truncated":
         path = tmp_path / "bad.flac"
         soundfile.write(path, np.random.default_rng(0).uniform(-0.5, 0.5, RATE), RATE)
@@ -172,6 +175,7 @@ def _bad(tmp_path: Path, kind: str) -> Path:
         ("header", "no samples"),
         ("silent", "silent"),
         ("nan", "NaN"),
+        ("huge", r"samples as large as 3e\+24; full scale is 1"),
         ("truncated", "damaged|truncated"),
         ("short", "shorter than"),
         ("rate", "sample rate 1000 Hz"),
@@ -180,6 +184,17 @@ def _bad(tmp_path: Path, kind: str) -> Path:
 def test_what_is_wrong_is_said_in_words(tmp_path: Path, kind: str, words: str) -> None:
     with pytest.raises(AudioError, match=words):
         decode(_bad(tmp_path, kind))
+
+
+def test_integers_that_were_stored_as_floats_are_read(tmp_path: Path) -> None:
+    """The loudest samples that pass still have features."""
+    path = tmp_path / "integers.wav"
+    square = np.sign(tone()[1:]) * np.float32(audio.LOUDEST_PEAK)
+    soundfile.write(path, square, RATE, subtype="FLOAT")
+    front_end = FrontEnd(FrontEndConfig())
+    samples = decode(path)
+    assert np.isfinite(front_end.fbank(samples)).all()
+    assert np.isfinite(front_end.mfcc(samples)).all()
 
 
 def test_limits_are_checked_on_the_header(tmp_path: Path) -> None:

@@ -60,13 +60,16 @@ def test_bad_files_go_to_quarantine_with_reasons(run_task, speech_folder: Path) 
     (speech_folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (speech_folder / "speaker1" / "take0.wav").write_bytes(b"")
     soundfile.write(speech_folder / "speaker2" / "take0.wav", np.zeros(16_000), 16_000)
+    huge = np.full(16_000, 1e25, np.float32)
+    soundfile.write(speech_folder / "speaker3" / "take0.wav", huge, 16_000, subtype="FLOAT")
     made = run_task(prepare, PrepareConfig(paths=(str(speech_folder),), max_bad_share=0.5))
     reasons = {row["id"]: row["reason"] for row in made.table("quarantine").to_pylist()}
-    assert made.metrics["quarantined"] == len(reasons) == 3
+    assert made.metrics["quarantined"] == len(reasons) == 4
     assert "0 bytes" in reasons["corpus/speaker1/take0.wav"]
     assert "silent" in reasons["corpus/speaker2/take0.wav"]
+    assert "as large as 1e+25" in reasons["corpus/speaker3/take0.wav"]
     assert "absent" in reasons["corpus/gone.wav"]
-    assert made.table("facts").num_rows == 10
+    assert made.table("facts").num_rows == 9
 
 
 def test_too_many_bad_files_stop_the_step(run_task, speech_folder: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from goldcrest.kernels.quantization.ecapa_calibration import observe, smooth_ecapa
-from goldcrest.kernels.quantization.int8_ecapa import Int8Ecapa
+from goldcrest.kernels.quantization.int8_ecapa import Int8Ecapa, layout
 from goldcrest.kernels.quantization.integer_conv import IntegerConv, QuantizingConv
 from goldcrest.kernels.quantization.quantize_ecapa import (
     Settings,
@@ -128,6 +128,8 @@ def test_close_to_the_network_and_equal_to_the_float64_twin(case: str) -> None:
     got = quantized(features, lengths)
     assert relative_error(got, expected) < 0.1
     twin = Int8Ecapa.from_tensors(quantized.tensors(), quantized.config(), "reference")
+    forms = {name: (each.shape, each.dtype) for name, each in layout(quantized.config())}
+    assert forms == {name: (each.shape, each.dtype) for name, each in twin.tensors().items()}
     assert relative_error(got, twin(features, lengths)) < 0.01
     assert not any(p.requires_grad for p in quantized.parameters())
 

@@ -101,6 +101,25 @@ def test_more_bundles_than_before_are_all_held(loads: list[str]) -> None:
     assert loads == ["a", "b", "c", "d"]
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_an_embedding_that_is_not_finite_is_refused(
+    loads: list[str], monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    async def embedded(frames: np.ndarray) -> np.ndarray:
+        return frames[0]
+
+    async def test() -> None:
+        models = replica()
+        monkeypatch.setattr(models, "_batched", embedded)
+        for number, refused in ((1.0, ""), (value, "the model has no finite embedding for it")):
+            decoded = np.zeros(16_000), np.array([[0.0, number]])
+            monkeypatch.setattr(speaker_models, "_frames", lambda *_, made=decoded: made)
+            found = await models._one(await models._model("f@/a"), b"a recording")
+            assert (found.vector is None, found.refused) == (bool(refused), refused)
+
+    asyncio.run(test())
+
+
 def test_more_bundles_than_can_be_held_are_refused() -> None:
     assert MOST_HELD == 2 * MOST_BUNDLES
     names = [f"b{number}" for number in range(MOST_BUNDLES + 1)]

@@ -191,6 +191,7 @@ def voice_in_flac() -> bytes:
         (voice(100, seconds=10.5), "longer than"),
         (voice_in_flac()[: len(voice_in_flac()) // 2], "damaged|truncated"),
         (wav(np.zeros(16_000)), "silent"),
+        (wav(np.full(16_000, 1e25), subtype="FLOAT"), "as large as"),
         (wav(np.full((16_000, 9), 0.1)), "channels"),
         (wav(np.full(16_000, 0.1), rate=200_000), "sample rate"),
     ],

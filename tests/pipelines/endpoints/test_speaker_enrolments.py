@@ -6,12 +6,15 @@ import re
 import sqlite3
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from goldcrest.pipelines.endpoints import speaker_enrolments
 from goldcrest.pipelines.endpoints.speaker_enrolments import (
     Enrolments,
     FullError,
@@ -87,6 +90,64 @@ def test_a_gallery_sees_what_others_write(book: Enrolments, tmp_path: Path) -> N
     assert book.gallery("m")[1] is vectors  # kept while nobody writes
     other.remove("anna")
     assert book.gallery("m")[0] == ["bert"]
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 5, 4096])
+def test_a_gallery_is_the_plain_pooling_of_each_speaker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    """However its rows fall into blocks."""
+    monkeypatch.setattr(speaker_enrolments, "_BLOCK", block)
+    book = Enrolments(tmp_path / "speakers.sqlite", max_speakers=9, max_recordings=9)
+    rng = np.random.default_rng(0)
+    voices = {f"s{count}": rng.normal(size=(count, 6)) for count in (3, 1, 7, 2)}
+    for name, vectors in voices.items():
+        book.add("m", name, [recording(*each, name=str(n)) for n, each in enumerate(vectors)])
+        book.add("other", name, [recording(1, 2)])
+    names, gallery = book.gallery("m")
+    assert names == sorted(voices)
+    assert gallery.dtype == np.float32
+    assert gallery == pytest.approx(np.stack([pooled(voices[name]) for name in names]), abs=1e-6)
+
+
+def test_nobody_waits_while_the_whole_table_is_read(
+    book: Enrolments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Serve ends a replica whose health check waits for ten seconds."""
+    begun, go_on, rebuilds = threading.Event(), threading.Event(), []
+    pool_rows = speaker_enrolments._pool_rows
+
+    def slow(rows: sqlite3.Cursor) -> tuple[list[str], np.ndarray]:
+        rebuilds.append(rows)
+        begun.set()
+        assert go_on.wait(60)
+        return pool_rows(rows)
+
+    monkeypatch.setattr(speaker_enrolments, "_pool_rows", slow)
+    book.add("m", "anna", [recording(1, 0)])
+    with ThreadPoolExecutor() as threads:
+        try:
+            galleries = [threads.submit(book.gallery, "m") for _ in range(2)]
+            assert begun.wait(60)
+            threads.submit(book.check).result(10)
+            assert (
+                threads.submit(book.add, "m", "anna", [recording(0, 1, name="2")]).result(10) == 2
+            )
+            assert threads.submit(book.reference, "m", "anna").result(10) is not None
+            assert len(rebuilds) == 1  # the other waits for this one
+        finally:
+            go_on.set()
+        assert [each.result(60)[0] for each in galleries] == [["anna"]] * 2
+    assert book.gallery("m")[1] == pytest.approx(np.full((1, 2), 0.5**0.5))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_vector_that_is_not_finite_is_not_kept(book: Enrolments, value: float) -> None:
+    """One would make the mean of all the speaker's recordings NaN."""
+    book.add("m", "anna", [recording(1, 0)])
+    with pytest.raises(ValueError, match="'anna' is not finite"):
+        book.add("m", "anna", [recording(0, value, name="bad")])
+    assert book.reference("m", "anna") == pytest.approx([1, 0])
 
 
 def test_what_does_not_fit_changes_nothing(book: Enrolments) -> None:
