@@ -56,7 +56,9 @@ class EvaluateTextConfig(Config):
     )
     batch_rows: int = Field(8, ge=1, description="token rows per forward pass")
     metrics: tuple[TextMetric, ...] = Field(
-        (), description="metrics of generated answers; none: answers are only written to be read"
+        (),
+        description="metrics of generated answers; none, or plain text, which has no answers to "
+        "compare with: they are only written to be read",
     )
     examples: int | None = Field(
         200, ge=1, description="prompts that are answered, drawn at random; None: all"
@@ -174,13 +176,18 @@ def _answers(
 ) -> dict[str, dict[str, Additive]]:
     """Task metrics of every model that writes text."""
     writers = [name for name in folders if facts[name]["family"] in (*WRITERS, "speech")]
+    hears = bool(writers) and facts[writers[0]]["family"] == "speech"
+    if cfg.metrics and not hears and _is_plain(corpus, cfg.split):
+        left_out = ", ".join(cfg.metrics)
+        out.progress(None, f"plain text has no answers to compare with: {left_out} left out")
+        cfg = cfg.model_copy(update={"metrics": ()})
     wanted = cfg.examples if cfg.metrics else cfg.shown
     if not writers or wanted == 0:
         return {}
     how = (cfg.generation, cfg.batch_prompts, _device(out))
     answer: Callable[[Any], Sequence[str | None]]
     shards: list[Any]
-    if facts[writers[0]]["family"] == "speech":
+    if hears:
         path, places, examples = _utterances(cfg, corpus, tokens, wanted, out.seed)
         prompts, parts = [""] * len(examples), _parts(places, cfg.shard_rows)
         answer = quality.transcripts
@@ -225,6 +232,12 @@ def _by_model(
             out.progress(None, f"{name} can't read {said}")
         found[name] = [text or "" for text in given]
     return found
+
+
+def _is_plain(corpus: Artifact, split: Split) -> bool:
+    """Whether a split has rows, and none of them a prompt: text to go on with."""
+    prompted = (bool(each.prompt) for each in read_examples(corpus, split))
+    return next(prompted, None) is False and not any(prompted)
 
 
 def _examples(

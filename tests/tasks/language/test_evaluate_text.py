@@ -218,6 +218,16 @@ def test_plain_text_is_continued_to_be_read(chain: Chain, tmp_path: Path) -> Non
     texts = made.table("answers").to_pylist()
     assert 1 <= len(texts) <= 3
     assert texts[0]["references"][0].startswith(texts[0]["prompt"])
+    # A config for tasks, with metrics, does not fail on it at the end of all training.
+    again = chain.run(evaluate_text, CONFIG, corpus, chain.tokens, dense=chain.dense)
+    assert again.metrics["language"] == made.metrics["language"]
+    assert again.table("answers").to_pylist() == texts
+
+
+def test_metrics_need_a_prompt_with_an_answer(chain: Chain, tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(f'{{"prompt": "a{n}", "answer": "b"}}\n' for n in range(30)))
+    corpus = chain.run(prepare_text, TextConfig(paths=(str(path),), test_share=0))
     with pytest.raises(StepError, match="no prompt with an answer, which exact_match, chrf"):
         chain.run(evaluate_text, CONFIG, corpus, chain.tokens, dense=chain.dense)
 
