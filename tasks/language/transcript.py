@@ -69,11 +69,15 @@ class Transcript:
         return text
 
     def _take(self, text: str) -> str:
-        """Text up to a stop string, or up to what may become the beginning of one."""
+        """Text up to a stop string, or up to what may become the beginning of one.
+
+        Of several the one that is complete first, however the text was cut into tokens.
+        """
         self._held += text
-        places = [place for each in self._stop if (place := self._held.find(each)) >= 0]
-        if places:
-            certain, self._held = self._held[: min(places)], ""
+        found = [(self._held.find(each), len(each)) for each in self._stop if each in self._held]
+        if found:
+            place, _ = min(found, key=lambda each: (sum(each), each))
+            certain, self._held = self._held[:place], ""
             self.ended = self._cut = True
             return certain
         keep = max((overlap(self._held, each) for each in self._stop), default=0)

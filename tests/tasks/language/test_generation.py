@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTokenizerFast
@@ -331,14 +331,22 @@ def test_pieces_of_any_tokens_make_up_the_decoded_text(data: st.DataObject) -> N
     tokenizer = TOKENIZERS[data.draw(st.sampled_from(sorted(TOKENIZERS)))]
     tokens = data.draw(st.lists(st.integers(0, len(tokenizer) - 1), max_size=20))
     stops = data.draw(st.lists(st.text("ab .", min_size=1, max_size=3), max_size=2))
-    # Of one within the other the shorter is complete first, where the longer one began before it.
-    assume(all(one == other or one not in other for one in stops for other in stops))
     transcript = Transcript(tokenizer, stops, ends=[])
     text = "".join(transcript.add(token) for token in tokens) + transcript.finish()
     whole = tokenizer.decode(tokens, skip_special_tokens=True)
-    cut = min([place for stop in stops if (place := whole.find(stop)) >= 0], default=len(whole))
+    found = [(whole.find(stop) + len(stop), whole.find(stop)) for stop in stops if stop in whole]
+    _, cut = min(found, default=(0, len(whole)))  # at the one that is complete first
     assert text == whole[:cut]
     assert transcript.ended == (cut < len(whole) or any(stop in whole for stop in stops))
+
+
+@pytest.mark.parametrize("words", [["xyz"], ["x", "y", "z"], ["xy", "z"], ["x", "yz"]])
+def test_the_stop_string_that_is_complete_first_ends_a_text(words: list[str]) -> None:
+    """Also where it stands inside of another one, and whatever the tokens are."""
+    transcript = Transcript(space_tokenizer(), ["xyz", "y"], ends=[])
+    text = "".join(transcript._take(word) for word in words if not transcript.ended)
+    assert text == "x"
+    assert transcript.ended
 
 
 def test_each_of_several_stop_strings_is_held_back() -> None:
