@@ -73,13 +73,13 @@ def load_splits(reference: DatasetReference) -> dict[str, Any]:
 
     One of the hub is streamed: what is read of it is fetched as it is read, and nothing is kept
     on disk, so that the first rows of a large one cost no more than they are. What was saved as
-    one table is the split `train`. Raises InputError for what can't be loaded.
+    one table has no splits: it is called "". Raises InputError for what can't be loaded.
     """
     import datasets
 
     loaded = _load(reference, split=None, streaming=True)
     if not isinstance(loaded, datasets.DatasetDict | datasets.IterableDatasetDict):
-        return {reference.split or "train": loaded}
+        return {"": loaded}
     if not reference.split:
         return {name: loaded[name] for name in sorted(loaded)}
     return {reference.split: _split(loaded, reference, reference.split)}

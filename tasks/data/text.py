@@ -117,13 +117,11 @@ def text_files(path: str, name: str) -> list[TextFile]:
     Raises InputError for a path that is not there, is of an unknown kind, or holds no text.
     """
     if (reference := dataset_reference(path)) is not None:
-        splits = load_splits(reference).items()
+        whole = reference.split or "train"  # the role of what has no splits
         place = Path(reference.name)
         return [
-            TextFile(
-                name if len(splits) == 1 else f"{name}/{split}", split, place, "dataset", table
-            )
-            for split, table in splits
+            TextFile(f"{name}/{s}" if s else name, s or whole, place, "dataset", table)
+            for s, table in load_splits(reference).items()
         ]
     root = Path(path).expanduser()
     if root.is_file():

@@ -239,7 +239,11 @@ def test_a_dataset_saved_on_disk(tmp_path: Path) -> None:
     found = list(read_rows(files[1], DocumentConfig(), LIMIT, ["q"]))
     assert [row.fields for row in found] == [{"q": "1"}, {"q": "2"}]
     assert len(list(read_rows(files[1], DocumentConfig(), LIMIT, ["missing"]))) == 2
-    assert len(text_files(f"datasets://{tmp_path / 'd'}:test", "d")) == 1
+    assert [f.name for f in text_files(f"datasets://{tmp_path / 'd'}:test", "d")] == ["d/test"]
+    table.save_to_disk(tmp_path / "plain")
+    for path, role in (("plain", "train"), ("plain:test", "test")):
+        (file,) = text_files(f"datasets://{tmp_path / path}", "d")
+        assert (file.name, file.inside) == ("d", role)
     with pytest.raises(InputError, match="can't be loaded"):
         text_files(f"datasets://{tmp_path / 'd'}:nothing", "d")
 
@@ -276,7 +280,7 @@ def test_a_dataset_of_the_hub_is_streamed(hub: Path) -> None:
     assert [row.line for row in rows] == list(range(1, 201))
     assert len(list(read_rows(files[1], DocumentConfig(), LIMIT, ["missing"]))) == 200
     one = text_files("datasets://owner/name:test", "d")
-    assert [(file.name, file.inside) for file in one] == [("d", "test")]
+    assert [(file.name, file.inside) for file in one] == [("d/test", "test")]
     with pytest.raises(InputError, match="no split 'more'") as error:
         text_files("datasets://owner/name:more", "d")
     assert error.value.hint == "its splits are test, train"
@@ -311,7 +315,7 @@ def test_a_streamed_file_that_is_broken(hub: Path, files: dict[str, str], row: i
     put(hub, "owner/bad", **files)
     (file,) = text_files("datasets://owner/bad", "d")
     rows = read_rows(file, DocumentConfig(), LIMIT)
-    with pytest.raises(InputError, match=f"dataset d can't be read beyond row {row}: "):
+    with pytest.raises(InputError, match=f"dataset d/train can't be read beyond row {row}: "):
         for _ in rows:
             pass
 
