@@ -21,8 +21,6 @@ KEY, OTHER = (hashlib.sha256(name).hexdigest() for name in (b"gc", b"other"))
 ABANDON = """
 import os, sys
 from goldcrest.cluster.store import Store
-from goldcrest.cluster.store_bucket import Bucket
-from goldcrest.cluster.store_remote import RemoteStore
 store = Store.open(sys.argv[1])
 with store.lease(sys.argv[2], owner="dead") as lease:
     (store.begin(sys.argv[2], lease) / "half.bin").write_bytes(b"x" * 1000)
@@ -34,8 +32,6 @@ import os, sys
 from pathlib import Path
 from goldcrest.cluster import report, run_record, shared_store, sweep, worker
 from goldcrest.cluster.store import Store
-from goldcrest.cluster.store_bucket import Bucket
-from goldcrest.cluster.store_remote import RemoteStore
 store = Store.open(sys.argv[1])
 folder = store.run_folder("dead")
 log = folder / "logs" / "step.log"
