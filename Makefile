@@ -5,12 +5,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Tests that start no Ray of their own go two at a time; the others need both cores.
-PAIRED := tests/kernels tests/tasks tests/chaos/test_commit_faults.py \
-	$(filter-out %/test_serving_bench.py,$(wildcard tests/bench/test_*.py)) \
-	tests/test_floors.py tests/test_import_names.py tests/test_reliability.py tests/pipelines/test_shipped_configs.py \
-	$(patsubst %,tests/cluster/test_%.py,config_file keys lease serving \
-		store store_damage store_gc store_machine training training_checkpoints)
+# Tests that kill processes, or ask a server how fast it is, have both cores to themselves; all others
+# go two at a time, those first that mostly wait for Ray to start.
+ALONE := $(filter-out %/test_commit_faults.py,$(wildcard tests/chaos/test_*.py)) \
+	tests/security tests/bench/test_serving_bench.py \
+	$(patsubst %,tests/pipelines/endpoints/test_%.py,speaker_demo speaker_endpoint generate_demo \
+		generate_endpoint generate_models generate_prompts) \
+	$(patsubst %,tests/pipelines/test_%.py,serve_deploy serve_foreground) \
+	$(patsubst %,tests/cluster/test_%.py,ray_session reservations training_ray)
+PAIRED := tests/end_to_end tests/notebooks tests
 FAST := $(BIN)/python -m pytest --hypothesis-profile=fixed -m "not slow"
 # The embedded demo and the tests never talk to a hub, nor to anybody's telemetry.
 export HF_HUB_OFFLINE := 1
@@ -41,8 +44,8 @@ check: $(STAMP) ## format, lint, types, import floors
 	$(BIN)/lint-imports
 
 test: check ## all checks and tests (fast forms)
-	$(FAST) -n 2 --dist loadfile $(PAIRED)
-	$(FAST) $(addprefix --ignore=,$(PAIRED))
+	$(FAST) -n 2 --dist loadgroup --no-loadscope-reorder $(PAIRED) $(addprefix --ignore=,$(ALONE))
+	$(FAST) $(ALONE)
 
 test-all: check ## everything, long forms too
 	$(BIN)/python -m pytest

@@ -15,15 +15,15 @@ import os
 import platform
 import re
 import secrets
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from goldcrest.cluster.doctor_finding import Check, Status, finish, start_child
+from goldcrest.cluster.doctor_ray import check_doors, check_ray, other_clusters
 from goldcrest.cluster.errors import GoldcrestError
 from goldcrest.cluster.masking import mask_text
 
@@ -31,21 +31,6 @@ MIN_MEMORY = 4 << 30
 """Bytes of available memory below which the tiny configurations are at risk."""
 MIN_DISK, LOW_DISK = 1 << 30, 10 << 30
 """Free bytes at the store: failure below the first, a warning below the second."""
-CHILD_SECONDS = 120.0
-"""Longest time that a check in a child process may take."""
-
-Status = Literal["ok", "warning", "failure"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Check:
-    """One finding: `name`, `status`, what was seen in `detail`, what to do in `hint`."""
-
-    name: str
-    status: Status
-    detail: str
-    hint: str = ""
-    seconds: float = 0.0
 
 
 def diagnose(
@@ -272,76 +257,10 @@ if sys.argv[1]:
 print(json.dumps({"version": mlflow.__version__}))
 """
 
-_RAY = """
-import json, os, sys, time, ray
-started = time.perf_counter()
-where = sys.argv[1]
-if where:
-    from goldcrest.cluster.ray_token import use_token_if_there
-    use_token_if_there()
-options = dict(include_dashboard=False, num_cpus=1, object_store_memory=80 << 20)
-ray.init(address=where or "local", log_to_driver=False, logging_level="ERROR",
-         **({} if where else options))
-begun = time.perf_counter() - started
-answer = ray.get(ray.remote(num_cpus=0)(lambda: 6 * 7).remote(), timeout=60)
-print(json.dumps({"version": ray.__version__, "start": begun, "answer": answer,
-                  "nodes": len([n for n in ray.nodes() if n["Alive"]]),
-                  "resources": {k: v for k, v in ray.cluster_resources().items()
-                                if k in ("CPU", "GPU")},
-                  "gcs": ray.get_runtime_context().gcs_address}), flush=True)
-sys.stdin.readline()  # stay until the parent has knocked at the door
-ray.shutdown()
-"""
-
-# A stranger's knock: no token, as from another machine. A guarded cluster turns it away.
-_KNOCK = """
-import sys
-from ray._raylet import GcsClient
-try:
-    GcsClient(address=sys.argv[1]).get_all_node_info(timeout=5)
-    print("open")
-except Exception as error:
-    print("closed" if type(error).__name__ == "AuthenticationError" else f"unknown: {error}")
-"""
-
-
-def _child(code: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-    quiet = {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "PYTHONWARNINGS": "ignore",
-        "DS_SKIP_CUDA_CHECK": "1",
-    }
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *arguments],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **quiet, **environment},
-    )
-
-
-def _finish(child: subprocess.Popen[str], what: str) -> tuple[str, str]:
-    """`(last line of output, "")`, or `("", reason)` when the child failed or took too long."""
-    try:
-        output, errors = child.communicate(timeout=CHILD_SECONDS)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.communicate()
-        return "", f"{what} did not answer within {CHILD_SECONDS:.0f} s"
-    lines = [line for line in output.splitlines() if line.strip()]
-    if child.returncode == 0 and lines:
-        return lines[-1], ""
-    if child.returncode < 0:
-        return "", f"{what} was killed by signal {-child.returncode}"
-    said = [line.strip() for line in errors.splitlines() if line.strip()]
-    return "", f"{what} failed: {said[-1] if said else f'exit code {child.returncode}'}"
-
 
 def check_gpu() -> Check:
     """Which GPUs torch can use; none is no failure."""
-    line, reason = _finish(_child(_GPU), "torch")
+    line, reason = finish(start_child(_GPU), "torch")
     if reason:
         return Check(name="gpu", status="failure", detail=reason, hint="reinstall torch")
     facts = json.loads(line)
@@ -361,7 +280,7 @@ def check_gpu() -> Check:
 
 def check_deepspeed() -> Check:
     """The training engine's library can be imported."""
-    line, reason = _finish(_child(_DEEPSPEED), "importing deepspeed")
+    line, reason = finish(start_child(_DEEPSPEED), "importing deepspeed")
     if reason:
         hint = "pip install -c constraints.txt deepspeed"
         return Check(name="deepspeed", status="failure", detail=reason, hint=hint)
@@ -371,107 +290,13 @@ def check_deepspeed() -> Check:
 def check_mlflow(tracking_uri: str | None) -> Check:
     """MLflow can be imported and a given server answers; tracking never fails a run: a warning."""
     retries = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
-    line, reason = _finish(_child(_MLFLOW, tracking_uri or "", **retries), "mlflow")
+    line, reason = finish(start_child(_MLFLOW, tracking_uri or "", **retries), "mlflow")
     if reason:
         hint = "runs work without it; check --tracking-uri, or use --no-tracking"
         return Check(name="mlflow", status="warning", detail=reason, hint=hint)
     where = tracking_uri or "SQLite inside the store"
     detail = f"mlflow {json.loads(line)['version']}; {where}"
     return Check(name="mlflow", status="ok", detail=detail)
-
-
-def check_ray(address: str | None) -> Check:
-    """Ray starts (or is reached at `address`), runs a task, and turns strangers away."""
-    if address and address.startswith(("http://", "https://")):
-        return _check_dashboard(address)
-    what = f"Ray at {address}" if address else "starting Ray"
-    child = _child(_RAY, address or "")
-    assert child.stdout is not None
-    try:
-        line = _first_json(child.stdout)
-        state = _knock(json.loads(line)["gcs"]) if line else ""
-        _, reason = _finish(child, what)
-    finally:
-        if child.poll() is None:
-            child.kill()
-    if not line:
-        return Check(name="ray", status="failure", detail=reason or f"{what} said nothing")
-    facts = json.loads(line)
-    size = ", ".join(f"{count:g} {name}" for name, count in sorted(facts["resources"].items()))
-    detail = (
-        f"ray {facts['version']}: {facts['nodes']} node(s), {size}, up in {facts['start']:.1f} s"
-    )
-    if state == "open":
-        return _open_cluster(detail)
-    if state != "closed":
-        return Check(name="ray", status="warning", detail=f"{detail}; token check: {state}")
-    return Check(name="ray", status="ok", detail=f"{detail}; strangers are turned away (token)")
-
-
-def _open_cluster(detail: str, name: str = "ray") -> Check:
-    return Check(
-        name=name,
-        status="failure",
-        detail=f"{detail}; this cluster runs anybody's code: it asks for no token",
-        hint="stop it, and start it with RAY_AUTH_MODE=token; a firewall alone is no lock",
-    )
-
-
-def other_clusters(address: str | None) -> tuple[str, ...]:
-    """Where Ray runs on this machine already, and what RAY_ADDRESS names, but for `address`."""
-    import psutil
-
-    found = {os.environ.get("RAY_ADDRESS", "")} - {"", "auto", "local"}
-    flag = "--gcs-address="
-    for process in psutil.process_iter(["cmdline"]):
-        words = process.info["cmdline"] or [""]
-        if Path(words[0]).name == "raylet":
-            found |= {word.removeprefix(flag) for word in words if word.startswith(flag)}
-    return tuple(sorted(found - {address}))
-
-
-def check_doors(addresses: Sequence[str]) -> Check:
-    """No Ray that runs already lets strangers in: a run may join it, and others reach it."""
-    from goldcrest.cluster.ray_token import knock_at_dashboard
-
-    states = {
-        each: knock_at_dashboard(each) if each.startswith(("http://", "https://")) else _knock(each)
-        for each in addresses
-    }
-    if opened := [each for each, state in states.items() if state == "open"]:
-        return _open_cluster(f"Ray at {', '.join(opened)}", name="doors")
-    if unknown := [f"{each}: {s}" for each, s in states.items() if s != "closed"]:
-        return Check(name="doors", status="warning", detail=f"Ray at {'; '.join(unknown)}")
-    if not states:
-        return Check(name="doors", status="ok", detail="no other Ray runs here")
-    detail = f"Ray at {', '.join(states)}: strangers are turned away (token)"
-    return Check(name="doors", status="ok", detail=detail)
-
-
-def _check_dashboard(url: str) -> Check:
-    from goldcrest.cluster.ray_token import knock_at_dashboard
-
-    detail, state = f"dashboard at {url}", knock_at_dashboard(url)
-    if state == "open":
-        return _open_cluster(detail)
-    if state == "closed":
-        return Check(name="ray", status="ok", detail=f"{detail}: strangers are turned away (token)")
-    hint = "give --address the URL of a Ray dashboard, or host:port of a Ray head"
-    return Check(name="ray", status="failure", detail=f"{detail}: {state}", hint=hint)
-
-
-def _first_json(stream: Any) -> str:
-    for line in stream:
-        if line.startswith("{"):
-            return str(line)
-    return ""
-
-
-def _knock(gcs_address: str) -> str:
-    """`open`, `closed` or why that is unknown: what a client without a token is told."""
-    knock = _child(_KNOCK, gcs_address, RAY_AUTH_MODE="disabled")
-    line, reason = _finish(knock, "the check for an open cluster")
-    return line or reason
 
 
 def summary_lines(checks: Sequence[dict[str, Any]]) -> list[str]:

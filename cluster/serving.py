@@ -64,6 +64,11 @@ class ServingSettings(Config):
     state_folder: Path = Field(
         Path(".goldcrest/serve"), description="where the endpoint keeps what survives a restart"
     )
+    metrics_folder: Path | None = Field(
+        None,
+        description="where HTTP replicas count, empty at the start and on a local disk; null: a "
+        "folder of each start's own in the node's temporary one",
+    )
     replicas: int = Field(1, ge=1, le=1024, description="replicas of the model")
     max_replicas: int | None = Field(
         None, ge=1, le=1024, description="scale the model's replicas up to this many under load"
@@ -240,7 +245,9 @@ def ingress(endpoint: type[Endpoint], settings: ServingSettings, **options: Any)
     """The deployment of an endpoint; `.bind(settings, ...)` makes the application."""
     # Of this start alone, and not in the state folder, which may outlive the node: elsewhere the
     # files of dead replicas would pile up, and a replica with the id of one take over its values.
-    metrics = Path(tempfile.gettempdir(), f"goldcrest-metrics-{secrets.token_hex(8)}")
+    metrics = settings.metrics_folder or Path(
+        tempfile.gettempdir(), f"goldcrest-metrics-{secrets.token_hex(8)}"
+    )
     crowd = _QUEUE_FACTOR * settings.max_requests
     return serve.deployment(
         serve.ingress()(endpoint),

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _POLL = 0.2  # seconds between two looks at what signals asked for
 BUNDLES = "bundles"  # in the scratch folder
+METRICS = "metrics"  # in the scratch folder
 LOCK = "serve.lock"  # in the state folder: locked by its server, whose process id it holds
 
 
@@ -71,7 +72,7 @@ class Foreground:
             self._settings.scratch_folder.mkdir(mode=0o700, exist_ok=True)
             self._serving = self._before = self._take(choice)
             self._write(self._serving)
-            running.deploy(self._kind.application(self._settings))
+            running.deploy(self._kind.application(self._counting_in_scratch()))
             self._tell(running, choice, time.monotonic() - began)
             while "stop" not in asked:
                 if "reload" in asked:
@@ -82,6 +83,11 @@ class Foreground:
             left = running.drain(self._kind.endpoint, self._settings.drain_seconds)
             if left:
                 warn(f"{left} requests took too long and were cut off")
+
+    def _counting_in_scratch(self) -> BundleSettings:
+        """The settings with metrics in the folder that every start empties."""
+        folder = self._settings.scratch_folder / METRICS
+        return self._settings.model_copy(update={"metrics_folder": folder})
 
     def _check_apart(self, choice: BundleChoice) -> None:
         """InputError where a bundle lies in the folder that this server deletes from."""

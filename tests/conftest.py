@@ -56,12 +56,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share a costly fixture follow each other."""
+    """Tests that share a costly fixture, or a file, follow each other, in one process."""
     first: dict[str, int] = {}
     groups: dict[pytest.Item, str] = {}
     for item in items:
         shared = [name for name in _COSTLY if name in getattr(item, "fixturenames", ())]
-        groups[item] = group = shared[0] if shared else str(item.path)
+        groups[item] = group = shared[0] if shared else item.location[0]
+        item.add_marker(pytest.mark.xdist_group(group))
         first.setdefault(group, len(first))
     items.sort(key=lambda item: first[groups[item]])
 

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from goldcrest.cluster import doctor
-from goldcrest.cluster.doctor import Check, summary_lines
+from goldcrest.cluster import doctor, doctor_finding, doctor_ray
+from goldcrest.cluster.doctor import summary_lines
+from goldcrest.cluster.doctor_finding import Check, finish, start_child
 
 
 def test_this_machine_is_well_where_it_must_be(tmp_path: Path) -> None:
@@ -83,15 +84,15 @@ def test_a_check_that_breaks_is_itself_the_finding() -> None:
     ],
 )
 def test_children_that_fail_are_named_in_words(code: str, said: str) -> None:
-    line, reason = doctor._finish(doctor._child(code), "the child")
+    line, reason = finish(start_child(code), "the child")
     assert line == ""
     assert said in reason
 
 
 def test_a_child_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "CHILD_SECONDS", 0.5)
-    child = doctor._child("import time; time.sleep(60)")
-    assert doctor._finish(child, "the child") == ("", "the child did not answer within 0 s")
+    monkeypatch.setattr(doctor_finding, "CHILD_SECONDS", 0.5)
+    child = start_child("import time; time.sleep(60)")
+    assert finish(child, "the child") == ("", "the child did not answer within 0 s")
     assert child.poll() is not None
 
 
@@ -100,12 +101,12 @@ class FakeRay:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, knock: str) -> None:
         facts = '{"version": "2", "start": 1.0, "nodes": 1, "resources": {"CPU": 2}, "gcs": "h:1"}'
-        real = doctor._child
+        real = start_child
 
         def child(code: str, *arguments: str, **more: str) -> subprocess.Popen[str]:
-            return real(f"print({facts!r})" if code == doctor._RAY else f"print({knock!r})")
+            return real(f"print({facts!r})" if code == doctor_ray._RAY else f"print({knock!r})")
 
-        monkeypatch.setattr(doctor, "_child", child)
+        monkeypatch.setattr(doctor_ray, "start_child", child)
 
 
 @pytest.mark.parametrize(
@@ -120,17 +121,17 @@ def test_an_open_cluster_is_a_failure(
     monkeypatch: pytest.MonkeyPatch, knock: str, status: str, said: str
 ) -> None:
     FakeRay(monkeypatch, knock)
-    check = doctor.check_ray(None)
+    check = doctor_ray.check_ray(None)
     assert check.status == status
     assert said in check.detail
 
 
 def test_a_cluster_that_is_not_there_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = doctor._child
+    real = start_child
     monkeypatch.setattr(
-        doctor, "_child", lambda code, *a, **k: real("import sys; sys.exit('no cluster')")
+        doctor_ray, "start_child", lambda code, *a, **k: real("import sys; sys.exit('no cluster')")
     )
-    check = doctor.check_ray("10.0.0.1:6379")
+    check = doctor_ray.check_ray("10.0.0.1:6379")
     assert check.status == "failure"
     assert "Ray at 10.0.0.1:6379 failed: no cluster" in check.detail
 
@@ -139,7 +140,7 @@ def test_the_door_of_a_real_cluster(ray_cluster: None) -> None:
     """Ray 2.60 asks for a token by default; a knock without one is turned away."""
     import ray
 
-    assert doctor._knock(ray.get_runtime_context().gcs_address) == "closed"
+    assert doctor_ray.knock(ray.get_runtime_context().gcs_address) == "closed"
 
 
 @pytest.mark.parametrize(
@@ -154,8 +155,8 @@ def test_the_door_of_a_real_cluster(ray_cluster: None) -> None:
 def test_the_doors_of_clusters_that_run_already(
     monkeypatch: pytest.MonkeyPatch, knocks: dict[str, str], status: str, said: str
 ) -> None:
-    monkeypatch.setattr(doctor, "_knock", knocks.__getitem__)
-    check = doctor.check_doors(tuple(knocks))
+    monkeypatch.setattr(doctor_ray, "knock", knocks.__getitem__)
+    check = doctor_ray.check_doors(tuple(knocks))
     assert (check.name, check.status) == ("doors", status)
     assert said in check.detail
 
@@ -163,14 +164,14 @@ def test_the_doors_of_clusters_that_run_already(
 def test_clusters_that_run_already_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the command line of Ray's own process, and by the variable that runs heed."""
     monkeypatch.setenv("RAY_ADDRESS", "auto")
-    before = set(doctor.other_clusters(None))
+    before = set(doctor_ray.other_clusters(None))
     command = ["/opt/ray/raylet", "-c", "read line", "--gcs-address=10.9.8.7:6379"]
     with subprocess.Popen(command, executable="/bin/sh", stdin=subprocess.PIPE) as process:
         monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
-        found = set(doctor.other_clusters(None))
+        found = set(doctor_ray.other_clusters(None))
         process.communicate(b"\n")
     assert found - before >= {"10.9.8.7:6379", "http://head:8265"}
-    assert "http://head:8265" not in doctor.other_clusters("http://head:8265")
+    assert "http://head:8265" not in doctor_ray.other_clusters("http://head:8265")
 
 
 @contextlib.contextmanager
@@ -206,7 +207,7 @@ def test_a_proxy_is_not_taken_for_the_dashboard(
     with answering(403) as proxy, answering(status) as dashboard:
         for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
             monkeypatch.setenv(name, proxy)
-        check = doctor.check_ray(dashboard)
+        check = doctor_ray.check_ray(dashboard)
     assert check.status == found
     assert ("runs anybody's code" in check.detail) == (status == 200)
 

@@ -570,6 +570,8 @@ def test_metrics_are_of_one_start_and_not_in_the_state_folder(tmp_path: Path) ->
     first, second = metrics_folder(settings), metrics_folder(settings)
     assert first != second
     assert not first.is_relative_to(tmp_path) and not first.exists()
+    given = settings.model_copy(update={"metrics_folder": tmp_path / "metrics"})
+    assert metrics_folder(given) == tmp_path / "metrics"
 
 
 COUNT = """

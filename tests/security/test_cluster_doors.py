@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from goldcrest.cluster import doctor
+from goldcrest.cluster import doctor_ray
 from goldcrest.cluster.jobs import Jobs
 from goldcrest.cluster.profile import Profile
 from goldcrest.cluster.ray_session import attach
@@ -65,6 +65,7 @@ def test_a_stranger_is_refused_and_the_command_does_not_run(
 
 OWN_RAY = """
 import json, sys
+import psutil
 from goldcrest.cluster.profile import Profile
 from goldcrest.cluster.ray_session import attach, leave
 ray = {"num_cpus": 1, "object_store_memory": "100MB", "dashboard": True}
@@ -72,14 +73,23 @@ mode = attach(Profile.model_validate({"ray": ray}))
 from ray._private.worker import get_dashboard_url
 print(json.dumps([mode, get_dashboard_url()]), flush=True)
 sys.stdin.read()
+killed = []
+kill = psutil.Process.kill
+def kill_and_note(process):
+    killed.append(" ".join(process.cmdline()))
+    kill(process)
+psutil.Process.kill = kill_and_note
 leave(mode)
+print(json.dumps([killed, [child.name() for child in psutil.Process().children()]]))
 """
 
 
-@pytest.mark.slow
 @pytest.mark.scenario("a job is submitted to a Ray that a run started, without its token")
-def test_a_ray_that_a_run_started_refuses_strangers(tmp_path: Path, record_property: Any) -> None:
-    """A user who never heard of tokens: no variable is set, and the home is new."""
+def test_a_ray_that_a_run_started_refuses_strangers_and_leaves_nothing(
+    tmp_path: Path, record_property: Any
+) -> None:
+    """A user who never heard of tokens: no variable is set, and the home is new. Of the processes
+    of a Ray that was started the autoscaler is the only one that has to be killed."""
     record_property("tried", 2)
     unset = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS")
     kept = {name: value for name, value in os.environ.items() if name not in unset}
@@ -107,7 +117,11 @@ def test_a_ray_that_a_run_started_refuses_strangers(tmp_path: Path, record_prope
         # Let in: a Ray of one run has no agent that would run the job, so 500 is an answer too.
         assert submission(url, marks / "right-token", token) in (200, 500)
         time.sleep(3)  # for what should not run
-        process.communicate(timeout=60)
+        rest, complaints = process.communicate(timeout=60)
+        assert process.returncode == 0, complaints[-3000:]
+    killed, living = json.loads(rest.splitlines()[-1])
+    assert ["monitor.py" in command for command in killed] == [True], killed
+    assert living == []
     assert {path.name for path in marks.iterdir()} <= {"right-token"}
 
 
@@ -131,10 +145,10 @@ def test_a_client_without_a_token_gets_a_sentence(job_cluster: DashboardCluster)
 
 
 def test_the_doctor_knocks_at_a_real_dashboard(job_cluster: DashboardCluster) -> None:
-    check = doctor.check_ray(job_cluster.dashboard)
+    check = doctor_ray.check_ray(job_cluster.dashboard)
     assert check.status == "ok"
     assert check.detail.endswith("strangers are turned away (token)")
-    assert doctor.check_ray("http://127.0.0.1:9").status == "failure"
+    assert doctor_ray.check_ray("http://127.0.0.1:9").status == "failure"
 
 
 @pytest.fixture
@@ -160,7 +174,7 @@ def open_door() -> Iterator[str]:
 
 
 def test_an_open_dashboard_is_a_loud_failure(open_door: str) -> None:
-    check = doctor.check_ray(open_door)
+    check = doctor_ray.check_ray(open_door)
     assert check.status == "failure"
     assert "runs anybody's code" in check.detail
     assert "RAY_AUTH_MODE=token" in check.hint

@@ -289,6 +289,7 @@ def test_metrics_are_the_same_from_both_replicas(server: Server) -> None:
     assert len({line.split()[1] for line in counted() if line.startswith("goldcrest_req")}) >= 1
     (total,) = {line for line in counted() if line.startswith("goldcrest_requests_total")}
     assert float(total.split()[1]) >= 1
+    assert list(server.folder.rglob("serve-scratch/metrics/counter_*.db"))  # not left in /tmp
 
 
 def test_every_answer_has_one_request_id(server: Server) -> None:
