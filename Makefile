@@ -44,7 +44,7 @@ check: $(STAMP) ## format, lint, types, import floors
 	$(BIN)/lint-imports
 
 test: check ## all checks and tests (fast forms)
-	$(FAST) -n 2 --dist loadgroup --no-loadscope-reorder $(PAIRED) $(addprefix --ignore=,$(ALONE))
+	$(FAST) -n 2 --dist loadfile --no-loadscope-reorder $(PAIRED) $(addprefix --ignore=,$(ALONE))
 	$(FAST) $(ALONE)
 
 test-all: check ## everything, long forms too

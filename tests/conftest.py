@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
@@ -45,6 +45,13 @@ hypothesis.settings.register_profile("fixed", derandomize=True)
 
 _COSTLY = ("job_cluster", "small_run", "speaker_server", "text_server")
 """Fixtures that take many seconds to make: tests that share one follow each other."""
+_SHARED = {
+    "tests/end_to_end/test_speaker_run.py": "small_run",
+    "tests/notebooks/test_notebooks.py": "small_run",
+    "tests/cluster/test_jobs.py": "job_cluster",
+    "tests/pipelines/test_cli_jobs.py": "job_cluster",
+}
+"""Files that two processes should not share out: each would make the fixture."""
 _OPEN: dict[str, ExitStack] = {}
 """What is to be ended with the last test that uses a fixture, not with the session: a server that
 nobody calls any more still takes its share of two cores."""
@@ -55,17 +62,32 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Tally())
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist, which reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share a costly fixture, or a file, follow each other, in one process."""
+    """Tests that share a costly fixture follow each other."""
     first: dict[str, int] = {}
     groups: dict[pytest.Item, str] = {}
     for item in items:
         shared = [name for name in _COSTLY if name in getattr(item, "fixturenames", ())]
-        groups[item] = group = shared[0] if shared else item.location[0]
-        item.add_marker(pytest.mark.xdist_group(group))
+        groups[item] = group = shared[0] if shared else str(item.path)
         first.setdefault(group, len(first))
     items.sort(key=lambda item: first[groups[item]])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """`--dist loadfile`, but files that share a costly fixture go to one process.
+
+    `--dist loadgroup` would do, were its groups not lost: xdist 3.8 writes them into a node's
+    `_nodeid`, from which pytest 9.2 does not make the node's name.
+    """
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = str(super()._split_scope(nodeid))
+            return _SHARED.get(file, file)
+
+    return Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 @pytest.hookimpl(trylast=True)  # after the test's own fixtures
