@@ -259,7 +259,7 @@ def ingress(endpoint: type[Endpoint], settings: ServingSettings, **options: Any)
         ray_actor_options={
             "num_cpus": 0,  # it waits; the models compute
             "resources": settings.api_resources,
-            "runtime_env": {"env_vars": {FOLDER_VARIABLE: str(metrics)}},
+            "runtime_env": {"env_vars": {FOLDER_VARIABLE: str(metrics.absolute())}},
         },
         graceful_shutdown_timeout_s=settings.drain_seconds + 1.0,
         graceful_shutdown_wait_loop_s=0.2,

@@ -85,8 +85,8 @@ class Foreground:
                 warn(f"{left} requests took too long and were cut off")
 
     def _counting_in_scratch(self) -> BundleSettings:
-        """The settings with metrics in the folder that every start empties."""
-        folder = self._settings.scratch_folder / METRICS
+        """The settings with metrics in the folder that every start empties, if none is given."""
+        folder = self._settings.metrics_folder or self._settings.scratch_folder / METRICS
         return self._settings.model_copy(update={"metrics_folder": folder})
 
     def _check_apart(self, choice: BundleChoice) -> None:

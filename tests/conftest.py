@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -45,13 +46,6 @@ hypothesis.settings.register_profile("fixed", derandomize=True)
 
 _COSTLY = ("job_cluster", "small_run", "speaker_server", "text_server")
 """Fixtures that take many seconds to make: tests that share one follow each other."""
-_SHARED = {
-    "tests/end_to_end/test_speaker_run.py": "small_run",
-    "tests/notebooks/test_notebooks.py": "small_run",
-    "tests/cluster/test_jobs.py": "job_cluster",
-    "tests/pipelines/test_cli_jobs.py": "job_cluster",
-}
-"""Files that two processes should not share out: each would make the fixture."""
 _OPEN: dict[str, ExitStack] = {}
 """What is to be ended with the last test that uses a fixture, not with the session: a server that
 nobody calls any more still takes its share of two cores."""
@@ -73,6 +67,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: first[groups[item]])
 
 
+@functools.cache
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """`--dist loadfile`, but files that share a costly fixture go to one process.
@@ -85,7 +84,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = str(super()._split_scope(nodeid))
-            return _SHARED.get(file, file)
+            text = _read(config.rootpath / file)
+            return next((name for name in _COSTLY if f"{name}: " in text), file)
 
     return Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None
 

@@ -169,6 +169,18 @@ def test_a_state_folder_of_the_users_loses_nothing(tmp_path: Path, run: Run) -> 
     assert not left.exists()
 
 
+@pytest.mark.parametrize("given", [None, Path("mine")])
+def test_metrics_lie_in_the_scratch_folder_unless_another_is_given(
+    tmp_path: Path, bundle: Path, given: Path | None
+) -> None:
+    settings = SpeakerSettings(state_folder=tmp_path, metrics_folder=given)
+    foreground = serve_foreground.Foreground(
+        Answer(), SERVED, settings, lambda: ModelChoice(bundles={"one": bundle}), json_file=None
+    )
+    found = foreground._counting_in_scratch().metrics_folder
+    assert found == (given or tmp_path / SCRATCH / "metrics")
+
+
 @pytest.mark.parametrize("link", [False, True])
 def test_a_bundle_in_the_scratch_folder_is_refused(tmp_path: Path, run: Run, link: bool) -> None:
     bundle = kept = make(tmp_path / SCRATCH / "bundles" / "a")
