@@ -1,11 +1,14 @@
 """The report of a sweep: one HTML file that needs nothing beside itself, like the report of a run.
 
-Parallel coordinates (every trial through its values), history (the metric by trial, the best so
-far), importance of the fields, the watched curves, all trials with links to their own reports.
+Parallel coordinates (every trial through its values), results by level, history (the metric by
+trial, the best so far), importance of the fields, the watched curves, all trials with links to
+their own reports.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +28,8 @@ from goldcrest.cluster.sweep_drawings import (
     draw_history,
     draw_parallel,
 )
+from goldcrest.cluster.sweep_level_drawing import draw_levels
+from goldcrest.cluster.sweep_levels import charts
 from goldcrest.cluster.sweep_record import SweepRecord, SweepResult, TrialResult
 from goldcrest.cluster.sweep_space import Axis, Space
 
@@ -61,6 +66,14 @@ def render(folder: Path, result: SweepResult, space: Space) -> str:
         fields=list(space.axes),
         trials=[_row(folder, trial) for trial in facts["trials"]],
         parallel=_parallel(finished, result, space),
+        levels=[
+            draw_levels(chart)
+            for chart in charts(
+                [(trial.config, _metrics(folder, trial)) for trial in finished],
+                space,
+                result.metric,
+            )
+        ],
         history=draw_history(
             [(trial.number, float(trial.metric or 0.0)) for trial in finished],
             best_is_low=result.mode == "min",
@@ -89,6 +102,17 @@ def _row(folder: Path, trial: Mapping[str, Any]) -> dict[str, Any]:
         "cells": [_label(value) for value in trial["config"].values()],
         "report": f"../{trial['run']}/{REPORT}" if report.is_file() else "",
     }
+
+
+def _metrics(folder: Path, trial: TrialResult) -> Mapping[str, Any]:
+    """What the trial measured: of a sweep that is read again, as its run has written it."""
+    if trial.metrics:
+        return trial.metrics
+    with contextlib.suppress(OSError, ValueError):
+        told = json.loads((folder.parent / trial.run / "result.json").read_text(encoding="utf-8"))
+        if isinstance(told, dict) and isinstance(told.get("metrics"), dict):
+            return told["metrics"]
+    return {}
 
 
 def _label(value: Any) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,8 @@ from typing import Any
 import pytest
 
 from goldcrest.cluster.sweep_drawings import draw_history
+from goldcrest.cluster.sweep_level_drawing import Point
+from goldcrest.cluster.sweep_levels import MOST_CURVES, charts
 from goldcrest.cluster.sweep_record import SweepRecord, SweepResult, TrialResult
 from goldcrest.cluster.sweep_report import height, importance, render
 from goldcrest.cluster.sweep_space import Axis, Space
@@ -77,6 +81,71 @@ def test_a_report_of_nothing_and_of_one_trial(tmp_path: Path) -> None:
     assert "there are 0" in render(tmp_path, result([], status="failed"), SPACE)
     page = render(tmp_path, result(trials(1)), SPACE)
     assert page.count('class="trial rank') == 1
+
+
+LOSSES = Space.parse(
+    {"seed": {"grid": [0, 1]}, "prune.loss": {"grid": ["plain", "<b>"]}, "fixed": {"choice": [1]}}
+)
+
+
+def by_level(seed: int, loss: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A trial of LOSSES, better with the second loss; `bytes` has no interval: no result."""
+
+    def told(level: int) -> dict[str, Any]:
+        score = 100 - level + seed + (10 if loss == "<b>" else 0)
+        return {"bleu": score, "bleu_ci": [score - 1, score + 1], "bytes": 7, "cost": float(level)}
+
+    models = {"dense": {"bleu": 99 + seed}, **{f"sparse_{n}": told(n) for n in (90, 50)}}
+    return {"seed": seed, "prune.loss": loss, "fixed": 1}, {"language": models, "other": {"n": 1}}
+
+
+def test_results_by_level_are_curves_over_the_settings() -> None:
+    measured = [by_level(seed, loss) for seed in (0, 1) for loss in ("plain", "<b>")]
+    (bleu,) = charts(measured, LOSSES, "language.sparse_50.bleu")
+    assert bleu.title == "language.sparse_*.bleu"
+    assert bleu.beside == {"dense": 99.5}
+    assert bleu.curves == {
+        "loss: plain": (
+            Point(level=50, mean=50.5, low=50, high=51),
+            Point(level=90, mean=10.5, low=10, high=11),
+        ),
+        "loss: <b>": (
+            Point(level=50, mean=60.5, low=60, high=61),
+            Point(level=90, mean=20.5, low=20, high=21),
+        ),
+    }
+    # The metric comes first, without an interval too; below another word there is nothing.
+    titles = [chart.title for chart in charts(measured, LOSSES, "language.sparse_90.cost")]
+    assert titles == ["language.sparse_*.cost", "language.sparse_*.bleu"]
+    assert charts(measured, LOSSES, "other.n") == []
+    fallen = by_level(0, "plain")
+    fallen[1]["language"] = {"sparse_50": {"bleu": math.inf}}
+    assert charts([*measured, fallen], LOSSES, "language.sparse_50.bleu") == [bleu]
+    many = Space.parse({"rate": {"uniform": [0, 1]}})
+    drawn = [({"rate": n / 10}, by_level(0, "plain")[1]) for n in range(MOST_CURVES + 1)]
+    assert charts(drawn, many, "language.sparse_50.bleu") == []
+    assert len(charts(drawn[1:], many, "language.sparse_50.bleu")[0].curves) == MOST_CURVES
+
+
+def test_the_report_draws_the_curves_and_reads_them_again(tmp_path: Path) -> None:
+    found = []
+    for number, (config, metrics) in enumerate(by_level(0, loss) for loss in ("plain", "<b>")):
+        trial = TrialResult(number=number, config=config, run=f"s-{number:03d}")
+        trial.state, trial.metric, trial.metrics = "succeeded", 50.0 + number, metrics
+        found.append(trial)
+    told = result(found, metric="language.sparse_50.bleu", mode="max")
+    page = render(tmp_path / "s", told, LOSSES)
+    assert page.count('class="whisker"') == 4
+    assert "language.sparse_*.bleu" in page
+    assert "loss: &lt;b&gt;, 50: 60 (60 to 60)" in page
+    for trial in found:  # as a sweep's record keeps them: without what they measured
+        folder = tmp_path / trial.run
+        folder.mkdir()
+        (folder / "result.json").write_text(json.dumps({"metrics": trial.metrics}))
+        trial.metrics = {}
+    assert render(tmp_path / "s", told, LOSSES).count('class="whisker"') == 4
+    (tmp_path / "s-000" / "result.json").write_text("{")
+    assert render(tmp_path / "s", told, LOSSES).count('class="whisker"') == 2
 
 
 def test_history_keeps_the_best_so_far() -> None:
