@@ -141,6 +141,25 @@ class Config(api.Config):
         return self
 
     @model_validator(mode="after")
+    def _pretraining_reads_its_corpus(self) -> Self:
+        # pretrain_tokens may stay: a config that is told to load a model instead has them.
+        if self.pretrain.training is None and self.pretrain_corpus is not None:
+            raise ValueError(
+                "pretrain_corpus is set, but pretrain.training is null: the model is taken as it "
+                "is and nothing is read for it; leave pretrain_corpus out, or set pretrain.training"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _bundles_have_the_names_of_their_models(self) -> Self:
+        if self.publish.name is not None:
+            raise ValueError(
+                f"publish.name is '{self.publish.name}', but a run publishes several models: each "
+                "bundle tells what was measured of its own (dense, sparse_75, int8); leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _a_model_keeps_its_tokenizer(self) -> Self:
         source = self.pretrain.model.source
         if (

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from goldcrest.cluster.api import Output, StepError
@@ -151,7 +153,7 @@ def export(
     description: Mapping[str, Any],
     out: Output,
 ) -> None:
-    """The model in layouts of other runtimes."""
+    """The model in layouts of other runtimes, a folder each that transformers and vLLM can load."""
     from goldcrest.kernels.weight_only.checkpoint import to_checkpoint
 
     for layout in cfg.exports:
@@ -167,3 +169,13 @@ def export(
         values = load_config(material.bundle).to_dict()
         plain = {name: value for name, value in values.items() if not name.startswith("_")}
         out.json(f"{layout}/config", {**plain, "quantization_config": quantization})
+        _further_files(material.bundle, layout, out)
+
+
+def _further_files(bundle: Path, layout: str, out: Output) -> None:
+    """What another runtime reads beside weights: the tokenizer, and how to write after a prompt."""
+    for source in sorted(each for each in (bundle / "tokenizer").iterdir() if each.is_file()):
+        shutil.copyfile(source, out.file(f"{layout}/{source.name}"))
+    generation = bundle / "generation_config.json"
+    if generation.is_file():
+        shutil.copyfile(generation, out.file(f"{layout}/{generation.name}"))

@@ -35,6 +35,7 @@ from goldcrest.tasks.language.bundle import (
     load_config,
     read_description,
     write_bundle,
+    zero_share,
 )
 from goldcrest.tasks.language.recipe import check_lengths
 from goldcrest.tasks.language.rows import check_speech, open_rows, rows_file
@@ -180,7 +181,7 @@ def quantize_int4(
     facts = {
         "bits": cfg.bits,
         "parameters": description["parameters"],
-        "sparsity": description["sparsity"],
+        "sparsity": description["sparsity"] if cfg.keep_zeros else _zeros(tensors),
         "quantization": result["description"],
         "recipe": int4_report.record(
             cfg,
@@ -205,6 +206,18 @@ def quantize_int4(
         generation=getattr(load_bare(material.bundle), "generation_config", None),
         facts=facts,
     )
+
+
+def _zeros(tensors: Mapping[str, Tensor]) -> float:
+    """Share of zeros among the weights as they are decoded, in [0, 1]: without `keep_zeros` a
+    sparse model's are filled, and rounding makes others.
+    """
+    from goldcrest.kernels.weight_only.packing import unpack_state
+
+    weights = unpack_state(tensors)
+    packed = tuple(f"{name}." for name in weights)
+    rest = {name: value for name, value in tensors.items() if not name.startswith(packed)}
+    return zero_share({**rest, **{name: each.effective() for name, each in weights.items()}})
 
 
 def _material(

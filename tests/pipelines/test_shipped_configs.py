@@ -13,6 +13,8 @@ from goldcrest.cluster.config_file import load_config
 from goldcrest.cluster.dag import Step, walk
 from goldcrest.cluster.errors import InputError
 from goldcrest.cluster.keys import Fingerprints
+from goldcrest.cluster.placement import trainings
+from goldcrest.cluster.profile import NodeKind, Profile, check_placement
 from goldcrest.pipelines import language, speaker
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -35,9 +37,13 @@ def test_language_configs_load_and_build(path: Path) -> None:
     assert len(language.build(cfg)) == 1 + len(levels) + len(quantized)
 
 
+def walked(built: list[Any], **more: Any) -> list[Step]:
+    return walk(built, fingerprints=Fingerprints(Path("/nowhere")), **more)
+
+
 def language_steps(**changes: Any) -> dict[str, Step]:
     built = language.build(language.Config(**changes))
-    return {step.name: step for step in walk(built, fingerprints=Fingerprints(Path("/nowhere")))}
+    return {step.name: step for step in walked(built)}
 
 
 def test_pruning_and_quantization_calibrate_on_a_corpus_of_their_own() -> None:
@@ -61,6 +67,41 @@ def test_calibration_tokens_without_their_corpus_are_refused() -> None:
         language.Config(calibration_tokens={"length": 64})
     with pytest.raises(ValueError, match=r"calibration_tokens\.family is seq2seq"):
         language.Config(calibration_corpus={}, calibration_tokens={"family": "seq2seq"})
+
+
+def test_a_corpus_that_nothing_reads_is_refused() -> None:
+    taken = {
+        "pretrain": {"model": {"path": "/models/mine"}, "training": None},
+        "tokenizer": {"method": "load", "path": "/models/mine"},
+    }
+    with pytest.raises(ValueError, match=r"pretrain_corpus is set, but pretrain\.training is null"):
+        language.Config(**taken, pretrain_corpus={})
+    # A config whose model is replaced on the command line keeps its rows of pretraining.
+    assert language.Config(**taken, pretrain_tokens={"length": 64}).pretrain_tokens.length == 64
+
+
+def test_every_bundle_of_a_run_tells_of_its_own_model() -> None:
+    with pytest.raises(ValueError, match=r"publish\.name is 'dense', but a run publishes several"):
+        language.Config(publish={"name": "dense"})
+
+
+@pytest.mark.parametrize("profile", ["gpu-node", "mixed", "kuberay"])
+@pytest.mark.parametrize(
+    "path",
+    sorted(path for kind in ("speaker", "language") for path in (CONFIGS / kind).glob("*.yaml")),
+    ids=lambda path: f"{path.parent.name}-{path.stem}",
+)
+def test_gpu_profiles_have_a_place_for_every_step(path: Path, profile: str) -> None:
+    """And every training of a config that asks for GPUs, or is given them, is on a GPU node."""
+    placed = Profile.load(CONFIGS / "cluster" / f"{profile}.yaml")
+    pipeline = {"speaker": speaker, "language": language}[path.parent.name]
+    built = pipeline.build(load_config(pipeline.Config, file=path))
+    steps = walked(built, overrides=placed.overrides())
+    cpu = NodeKind(name="cpu", cpus=8, memory=64 * 10**9, labels={"pool": "cpu"})
+    gpu = NodeKind(name="gpu", cpus=8, gpus=4, memory=64 * 10**9, labels={"pool": "gpu"})
+    check_placement(steps, [gpu] if profile == "gpu-node" else [cpu, gpu], placed)
+    trained = {step.name: [each.gpus for each, _ in trainings(step)] for step in steps}
+    assert all(gpus > 0 for each in trained.values() for gpus in each), trained
 
 
 def test_one_change_to_a_training_leaves_the_rest_of_it() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from goldcrest.cluster.api import InputError, StepError
 from goldcrest.cluster.artifact import Artifact, Output, describe_files
@@ -24,7 +24,7 @@ from goldcrest.kernels.weight_only.checkpoint import from_checkpoint
 from goldcrest.kernels.weight_only.linear import WeightOnlyLinear
 from goldcrest.kernels.weight_only.transformer import Options, quantized_layers
 from goldcrest.tasks.data.tokens import TokenRow, TokenWriter, cut
-from goldcrest.tasks.language.bundle import load_bundle, load_model, write_bundle
+from goldcrest.tasks.language.bundle import load_bundle, load_model, write_bundle, zero_share
 from goldcrest.tasks.language.int4_trials import PIECED_ROWS, Material, measure, pieced_loss
 from goldcrest.tasks.language.quantize_int4 import Int4Config, quantize_int4
 from tests.kernels.language import tiny_models
@@ -316,6 +316,11 @@ def test_exports_are_the_model_that_was_found(
         assert torch.equal(weights[name].effective(), layer.quantized().effective())
     assert torch.equal(rest["model.layers.0.mlp.up_proj.weight"],
                        model.model.layers[0].mlp.up_proj.weight)  # fmt: skip
+    # The folder alone is what another runtime loads.
+    folder = made.path / layout
+    words = PreTrainedTokenizerFast.from_pretrained(folder)
+    assert words("w5")["input_ids"] == [5]
+    assert GenerationConfig.from_pretrained(folder).eos_token_id == model.config.eos_token_id
     named = config.get("dynamic", config.get("modules_to_not_convert"))
     assert any("layers" in each and "up_proj" in each for each in named)
 
@@ -458,13 +463,22 @@ def test_zeros_of_a_sparse_model_stay(run: Run, rows: Artifact, tmp_path: Path) 
         for name in names:
             weight = model.get_submodule(name).weight
             weight.mul_(torch.rand(weight.shape) > 0.7)
-    made = run({"methods": {"gptq": {}}, "group_sizes": [-1], "tolerance": 9.0},
-               bundle(tmp_path / "sparse", model), rows)  # fmt: skip
+    sparse = bundle(tmp_path / "sparse", model)
+    before = sparse.json("bundle")["sparsity"]
+    assert before > 0.1
+    cfg = {"methods": {"gptq": {}}, "group_sizes": [-1], "tolerance": 9.0}
+    made = run(cfg, sparse, rows)
     found = quantized_layers(load_model(made.path))
     for name in names:
         zeros = model.get_submodule(name).weight == 0
         assert bool((found[name].quantized().effective()[zeros] == 0).all())
-    assert made.json("bundle")["sparsity"] > 0.1
+    assert made.json("bundle")["sparsity"] == before
+    # Where they may be filled the bundle says how many there are.
+    filled = run({**cfg, "keep_zeros": False}, sparse, rows)
+    model = load_model(filled.path)
+    layers = {f"{n}.weight": m.quantized().effective() for n, m in quantized_layers(model).items()}
+    told = filled.json("bundle")["sparsity"]
+    assert told == zero_share({**dict(model.named_parameters()), **layers}) != before
 
 
 def test_what_cannot_be_quantized_is_told(
