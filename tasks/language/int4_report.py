@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
-    from goldcrest.kernels.weight_only.search import Found, Rule
+    from goldcrest.kernels.weight_only.search import Found, Recipe, Rule
     from goldcrest.tasks.language.int4_trials import Material
     from goldcrest.tasks.language.quantize_int4 import Int4Config
+
+_SHOWN = 40  # layers in the figure, the worst
 
 
 def record(
@@ -144,6 +146,31 @@ def _figure(cfg: Int4Config, found: Found, losses: Sequence[float], tolerance: f
     axes.set_ylabel(f"relative loss of {cfg.metric} (%)")
     axes.legend()
     return figure
+
+
+def sensitivities(
+    out: Output, recipe: Recipe, errors: Mapping[str, float], weights: Mapping[str, int]
+) -> None:
+    """The table and the figure of what each layer loses on the recipe's grid, the worst first."""
+    from matplotlib.figure import Figure
+
+    ranked = sorted(errors, key=lambda name: (-errors[name], name))
+    out.table(
+        "sensitivities",
+        {
+            "layer": ranked,
+            "relative_error": [errors[name] for name in ranked],
+            "weights": [weights[name] for name in ranked],
+        },
+    )
+    shown = ranked[:_SHOWN][::-1]
+    figure = Figure(figsize=(7.0, 1.2 + 0.18 * len(shown)))
+    axes = figure.add_subplot()
+    axes.barh(shown, [100 * errors[name] for name in shown])
+    axes.tick_params(axis="y", labelsize=6)
+    axes.set_xlabel("error of the block's output (% of its power) when the layer alone is rounded")
+    axes.set_title(f"What {recipe.grid.bits} bits harm most")
+    out.figure("sensitivities", figure)
 
 
 def export(

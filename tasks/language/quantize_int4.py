@@ -6,8 +6,9 @@ whose relative loss is within the tolerance is kept. Where none is, the best is 
 most sensitive layers on 8 bits or float. Trials run side by side; which recipe is found does not
 depend on how many do.
 
-Artifact: the bundle `int4`, `trials` (table and figure), and on request `gptq/` and `awq/`, the
-same model as other runtimes load it.
+Artifact: the bundle `int4`, `trials` (table and figure), `sensitivities` of the layers (table and
+figure) where some were to be spared, and on request `gptq/` and `awq/`, the same model as other
+runtimes load it.
 """
 
 from __future__ import annotations
@@ -392,6 +393,7 @@ def _spared(cfg: Int4Config, material: Material, out: Output, best: Recipe) -> l
         functools.partial(int4_trials.sensitivities, material=material),
         [best], cpus=cfg.cpus, gpus=out.runtime.gpus, note="sensitivity of layers",
     )  # fmt: skip
+    int4_report.sensitivities(out, best, told["errors"], told["weights"])
     variants = sparing(best, told["errors"], told["weights"], cfg.max_spared)
     # A checkpoint of another runtime has one number of bits.
     return [each for each in variants if not (cfg.exports and each.eight_bits)]

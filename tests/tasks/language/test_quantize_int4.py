@@ -278,6 +278,16 @@ def test_spares_sensitive_layers_when_no_recipe_passes(
         "at 8 bits" in made.metrics["int4"]["recipe"] or "float" in made.metrics["int4"]["recipe"]
     )
     load_model(made.path)
+    told = made.table("sensitivities").to_pylist()
+    errors = [row["relative_error"] for row in told]
+    assert errors == sorted(errors, reverse=True)
+    model = load_model(dense.path)
+    assert {row["layer"]: row["weights"] for row in told} == {
+        name: model.get_submodule(name).weight.numel() for name in block_linears(model)
+    }
+    assert "figures/sensitivities.png" in made
+    (spared, *_) = (row for row in made.json("trials")["trials"] if len(row["eight_bits"]) == 1)
+    assert spared["eight_bits"] == [told[0]["layer"]]
     few = run({"methods": {"rtn": {}}, "group_sizes": [64], "bits": 2, "tolerance": 0.0,
                "max_trials": 2}, dense, rows)  # fmt: skip
     assert few.metrics["int4"]["trials"] == 2
