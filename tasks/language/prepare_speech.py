@@ -124,12 +124,28 @@ class _Job:
     splits: Sequence[Split]
 
 
+@dataclass(frozen=True)
+class _Corpus:
+    """What is known of all recordings before some are drawn."""
+
+    recordings: int
+    problems: int  # how many can't be used, which is known without reading their audio
+
+    def unusable(self, bad: int, read: int) -> int:
+        """Recordings of the whole corpus that can't be used: all known problems, and of the others
+        as large a share as of those that were read. `bad` and `read` count the problems too."""
+        tried = read - self.problems
+        share = (bad - self.problems) / tried if tried else 0.0
+        return self.problems + round(share * (self.recordings - self.problems))
+
+
 @task(cpus=0, retry_on=(OSError,), timeout="12h")
 def prepare_speech(cfg: SpeechCorpusConfig, out: Output) -> None:
     """Read, check and split the corpora (see the module docstring)."""
     recordings = _with_texts(cfg)
     splits = _splits(recordings, cfg, out.seed)
     chosen = _drawn(recordings, splits, cfg, out.seed)
+    corpus = _Corpus(len(recordings), sum(each.problem is not None for each in recordings))
     recordings, splits = [recordings[i] for i in chosen], [splits[i] for i in chosen]
     work = functools.partial(_read_job, limits=_limits(cfg))
     bad: list[dict[str, str]] = []
@@ -150,7 +166,7 @@ def prepare_speech(cfg: SpeechCorpusConfig, out: Output) -> None:
     for split in SPLITS:
         if not counts[split]["rows"]:
             out.table(split, SPOKEN.empty_table())
-    _check(bad, counts, read, cfg)
+    _check(bad, counts, read, corpus, cfg)
     out.table("quarantine", pa.Table.from_pylist(bad, schema=_QUARANTINE))
     summary: dict[str, Any] = {
         split: {**counts[split], "seconds": round(seconds[split], 3)} for split in SPLITS
@@ -282,12 +298,15 @@ def _check(
     bad: Sequence[dict[str, str]],
     counts: dict[Split, dict[str, int]],
     read: int,
+    corpus: _Corpus,
     cfg: SpeechCorpusConfig,
 ) -> None:
     examples = "; ".join(f"{row['path']}: {row['reason']}" for row in bad[:3])
-    if len(bad) > cfg.max_bad_share * read:
+    unusable, total = corpus.unusable(len(bad), read), corpus.recordings
+    if unusable > cfg.max_bad_share * total:
+        judged = "" if read == total else f" (judged by the {read - corpus.problems} drawn)"
         raise StepError(
-            f"{len(bad)} of {read} recordings can't be used, more than the allowed "
+            f"{unusable} of {total} recordings can't be used{judged}, more than the allowed "
             f"{cfg.max_bad_share:.0%}: {examples}",
             hint="mend the corpus, or raise speech.max_bad_share or speech.max_seconds",
         )

@@ -107,6 +107,28 @@ def test_bad_rows_go_to_quarantine_with_reasons(tmp_path: Path, run_task: RunTas
         run_task(prepare_speech, strict)
 
 
+def test_problems_are_a_share_of_all_recordings_however_few_are_drawn(
+    tmp_path: Path, run_task: RunTask
+) -> None:
+    """All 12 without a text are known; of the others 9 are read, and stand for the rest."""
+    folder = toys.corpus_folder(tmp_path / "words", 88)
+    for number in range(12):
+        wave = toys.spoken("ab", np.random.default_rng(number))
+        add(folder, {"file_name": f"no-text-{number}.wav"}, wave)
+    drawn = {"apart": "recordings", "max_train_rows": 5, "max_eval_rows": 2}
+    cfg = SpeechCorpusConfig(paths=(str(folder),), **drawn)
+    made = run_task(prepare_speech, cfg)
+    assert [count_examples(made, split) for split in SPLITS] == [5, 2, 2]
+    assert (made.metrics["quarantined"], made.metrics["rows_read"]) == (12, 21)
+    strict = cfg.model_copy(update={"max_bad_share": 0.1})
+    with pytest.raises(StepError, match=r"12 of 100 recordings can't be used \(judged by the 9"):
+        run_task(prepare_speech, strict)
+    for path in folder.glob("*.wav"):
+        path.write_bytes(b"RIFF")
+    with pytest.raises(StepError, match="100 of 100 recordings can't be used"):
+        run_task(prepare_speech, cfg)
+
+
 def test_corpora_for_evaluation_are_for_testing(tmp_path: Path, run_task: RunTask) -> None:
     train = toys.corpus_folder(tmp_path / "train", 20)
     test = toys.corpus_folder(tmp_path / "test", 9, seed=5)
