@@ -32,15 +32,27 @@ def gsm8k(answers: Sequence[str], references: Sequence[Sequence[str]]) -> Additi
 
     Raises ValueError for an example whose references hold no final number.
     """
-    hits = []
-    for place, (answer, known) in enumerate(zip(answers, references, strict=True)):
+    hits = [
+        final_number(answer) in numbers
+        for answer, numbers in zip(answers, final_numbers(references), strict=True)
+    ]
+    return mean(np.array(hits, np.float64), 100.0)
+
+
+def final_numbers(references: Sequence[Sequence[str]]) -> list[set[Decimal]]:
+    """The final numbers of N examples' references.
+
+    Raises ValueError for an example whose references hold none.
+    """
+    found = []
+    for place, known in enumerate(references):
         numbers = {number for each in known if (number := final_number(each)) is not None}
         if not numbers:
             raise ValueError(
                 f"reference {place} has no final number after '####': {' '.join(known)[:80]!r}"
             )
-        hits.append(final_number(answer) in numbers)
-    return mean(np.array(hits, np.float64), 100.0)
+        found.append(numbers)
+    return found
 
 
 def final_number(text: str) -> Decimal | None:

@@ -102,6 +102,8 @@ def evaluate_text(
     families = {each["family"] for each in facts.values()}
     if "speech" in families and len(families) > 1:
         raise StepError("a speech model and a model of text can't be evaluated on the same rows")
+    if not families.isdisjoint(WRITERS):
+        _check_references(cfg, corpus, out.seed)
     found: dict[str, dict[str, Additive]] = {name: {} for name in folders}
     for name, measured in _losses(cfg, tokens, folders, "speech" in families, out).items():
         found[name].update(measured)
@@ -114,6 +116,22 @@ def evaluate_text(
     _figures(language, sizes, out)
     if cfg.speed is not None:
         _measure_speed(cfg.speed, folders, out)
+
+
+def _check_references(cfg: EvaluateTextConfig, corpus: Artifact, seed: int) -> None:
+    """StepError for references that a metric can't be computed with, before any model runs."""
+    if not cfg.metrics or _is_plain(corpus, cfg.split):
+        return
+    references = [each.references for each in _examples(cfg, corpus, cfg.examples, seed)]
+    for name in cfg.metrics:
+        try:
+            quality.check_references(name, references)
+        except ValueError as error:
+            raise _not_computed(name, error) from error
+
+
+def _not_computed(name: str, error: ValueError) -> StepError:
+    return StepError(f"the metric {name} can't be computed: {error}")
 
 
 def _losses(
@@ -295,7 +313,7 @@ def _score(
         try:
             found[name] = quality.text_metric(name)(given, known)
         except ValueError as error:
-            raise StepError(f"the metric {name} can't be computed: {error}") from error
+            raise _not_computed(name, error) from error
     return found
 
 

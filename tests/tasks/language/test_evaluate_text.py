@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from goldcrest.cluster.api import Artifact, InputError, StepError
+from goldcrest.cluster.events import RunResult
 from goldcrest.tasks.data.tokens import TokenReader
+from goldcrest.tasks.language import quality
 from goldcrest.tasks.language.bundle import bundle_bytes, load_bundle, read_description
 from goldcrest.tasks.language.evaluate import EvaluateTextConfig, evaluate_text
 from goldcrest.tasks.language.evaluation_figures import families, shown_metrics
@@ -186,6 +188,25 @@ def test_speed_and_memory_are_those_of_a_process_of_its_own(chain: Chain) -> Non
     assert (found["threads"], found["prompt_tokens"], found["new_tokens"]) == (1, 5, 3)
 
 
+def test_a_runs_json_holds_quality_size_and_speed_of_every_model(chain: Chain) -> None:
+    """The names that others read; a run merges the metrics of its steps and what was measured."""
+    speed = SpeedConfig(prompt_tokens=4, new_tokens=2, repeats=1)
+    config = CONFIG.model_copy(update={"metrics": (), "shown": 0, "speed": speed})
+    made = chain.run(evaluate_text, config, chain.corpus, chain.tokens, sparse_60=chain.sparse)
+    result = RunResult(
+        run="r", pipeline="language", status="succeeded", seconds=1.0, steps=[],
+        metrics=made.metrics, measurements=made.manifest["measurements"],
+    )  # fmt: skip
+    told = json.loads(json.dumps(result.as_json(), allow_nan=False))["metrics"]
+    sizes = {"bytes", "parameters", "sparsity", "bits"}
+    measured = {"tokens_per_second", "first_token_ms", "next_token_ms", "peak_mb"}
+    assert set(told["language"]) == set(told["models"]) == {"sparse_60"}
+    language, model = told["language"]["sparse_60"], told["models"]["sparse_60"]
+    assert language["perplexity"] > 1 and language["bits_per_char"] > 0
+    assert sizes | measured <= set(model)
+    assert all(model[key] > 0 for key in sizes | measured)
+
+
 def test_what_can_not_be_measured_is_said(chain: Chain, tmp_path: Path) -> None:
     with pytest.raises(StepError, match=r"could not be measured: .*bundle\.json can't be read"):
         measure_speed(tmp_path, SpeedConfig())
@@ -267,10 +288,12 @@ def test_a_text_is_continued_from_little_with_or_without_spaces(text: str) -> No
     assert prompt_of(Example("1", "asked", text)) == "asked"
 
 
-def test_no_model_and_no_rows_are_said(chain: Chain) -> None:
+def test_no_model_and_no_rows_are_said(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StepError, match="no model"):
         chain.run(evaluate_text, CONFIG, chain.corpus, chain.tokens)
     gsm8k = CONFIG.model_copy(update={"metrics": ("gsm8k",)})
+    for work in ("row_losses", "answers"):  # it is said before any model has run
+        monkeypatch.delattr(quality, work)
     with pytest.raises(StepError, match=r"gsm8k can't be computed: .*no final number"):
         chain.run(evaluate_text, gsm8k, chain.corpus, chain.tokens, dense=chain.dense)
     with pytest.raises(ValueError, match="named twice"):
