@@ -137,6 +137,8 @@ class Task:
     The function's parameters are the config first, then the input artifacts, then `out: Output`;
     a last parameter `**name: Artifact` takes any further inputs, by the names that `bind` gives.
     `version` is part of the key: bump it when the same config must give another result.
+    `check(cfg)` is asked in the driver before any step of a run starts, where this step is to run:
+    it raises a GoldcrestError for what can be known to fail, a package that is missing, say.
     """
 
     def __init__(
@@ -149,6 +151,7 @@ class Task:
         retries: int,
         retry_on: tuple[type[BaseException], ...],
         timeout: float | None,
+        check: Callable[[Any], None] | None,
     ) -> None:
         functools.update_wrapper(self, function)
         self.function = function
@@ -159,6 +162,7 @@ class Task:
         self.retries = retries
         self.retry_on = retry_on
         self.timeout = timeout
+        self.check = check
         signature = inspect.signature(function).parameters
         self.open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.values())
         parameters = [name for name, p in signature.items() if p.kind is not p.VAR_KEYWORD]
@@ -227,12 +231,13 @@ def task(
     retries: int = 2,
     retry_on: tuple[type[BaseException], ...] = (OSError,),
     timeout: str | float | None = None,
+    check: Callable[[Any], None] | None = None,
 ) -> Callable[[Callable[..., None]], Task]:
     """Make a function a `Task`.
 
     A step that only hands work to `out.runtime` declares `cpus=0`: the work it hands out declares
     its own, and a step that waits never holds a core that its own work needs. `retries` counts
-    repeats after a lost worker or an exception named in `retry_on`.
+    repeats after a lost worker or an exception named in `retry_on`; for `check` see `Task`.
     """
 
     def decorate(function: Callable[..., None]) -> Task:
@@ -244,6 +249,7 @@ def task(
             retries=retries,
             retry_on=retry_on,
             timeout=parse_duration(timeout),
+            check=check,
         )
 
     return decorate

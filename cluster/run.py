@@ -176,6 +176,9 @@ class _Driver:
                 self._change(planned, "waiting")
         if not self.plan.to_run:
             return
+        for planned in self.plan.to_run:
+            if planned.step.task.check is not None:
+                planned.step.task.check(planned.step.config)
         mode = attach(profile)
         try:
             check_placement(

@@ -16,12 +16,15 @@ import importlib.util
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
 from goldcrest.cluster.api import Artifact, Config, InputError, InputFiles, Output, StepError, task
 from goldcrest.tasks.language.bundle import verified
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
 
 
 class HarnessConfig(Config):
@@ -44,16 +47,40 @@ class HarnessConfig(Config):
     chat: bool = Field(False, description="put questions into the tokenizer's chat template")
 
 
-@task(cpus=0, timeout="24h")
+def check_harness(cfg: HarnessConfig) -> None:
+    """InputError where the package is missing, or for a task that it does not have."""
+    check_installed()
+    task_manager(cfg)
+
+
+def check_installed() -> None:
+    """InputError where the package is missing."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise InputError(
+            "lm-evaluation-harness is not installed",
+            hint="pip install 'goldcrest[harness]' on every node",
+        )
+
+
+def task_manager(cfg: HarnessConfig) -> TaskManager:
+    """The tasks there are; InputError if those that are asked for are none of them."""
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=cfg.folder, include_defaults=cfg.folder is None)
+    unknown = [name for name in cfg.tasks if name not in manager.all_tasks]
+    if unknown:
+        known = sorted(manager.all_tasks)
+        some = ", ".join(known[:10]) + (", ..." if len(known) > 10 else "")
+        raise InputError(f"the harness has no task '{unknown[0]}'; there are {len(known)}: {some}")
+    return manager
+
+
+@task(cpus=0, timeout="24h", check=check_harness)
 def harness(cfg: HarnessConfig, out: Output, **models: Artifact) -> None:
     """Evaluate every bundle of `models`, by name, with the harness."""
     if not models:
         raise StepError("there is no model to evaluate", hint="name at least one bundle")
-    if importlib.util.find_spec("lm_eval") is None:
-        raise StepError(
-            "lm-evaluation-harness is not installed",
-            hint="pip install 'goldcrest[harness]' on every node",
-        )
+    check_installed()
     folders = [verified(bundle) for bundle in models.values()]
     device = "cuda" if out.runtime.gpus else "cpu"
     work = functools.partial(evaluate_bundle, cfg=cfg, seed=out.seed, device=device)
@@ -66,18 +93,11 @@ def harness(cfg: HarnessConfig, out: Output, **models: Artifact) -> None:
 def evaluate_bundle(folder: Path, *, cfg: HarnessConfig, seed: int, device: str) -> dict[str, Any]:
     """Metrics by task of one bundle, and what they were computed on."""
     import lm_eval
-    from lm_eval.tasks import TaskManager
 
     from goldcrest.tasks.language.harness_model import BundleModel
     from goldcrest.tasks.language.quality import load_on
 
     bundle = load_on(folder, device)
-    manager = TaskManager(include_path=cfg.folder, include_defaults=cfg.folder is None)
-    unknown = [name for name in cfg.tasks if name not in manager.all_tasks]
-    if unknown:
-        known = sorted(manager.all_tasks)
-        some = ", ".join(known[:10]) + (", ..." if len(known) > 10 else "")
-        raise InputError(f"the harness has no task '{unknown[0]}'; there are {len(known)}: {some}")
     found = lm_eval.simple_evaluate(
         model=BundleModel(bundle, batch_size=cfg.batch_size, seed=seed, chat=cfg.chat),
         tasks=list(cfg.tasks),
@@ -86,7 +106,7 @@ def evaluate_bundle(folder: Path, *, cfg: HarnessConfig, seed: int, device: str)
         bootstrap_iters=cfg.bootstrap,
         log_samples=False,
         apply_chat_template=cfg.chat,
-        task_manager=manager,
+        task_manager=task_manager(cfg),
         random_seed=seed,
         numpy_random_seed=seed,
         torch_random_seed=seed,

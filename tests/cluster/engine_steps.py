@@ -64,6 +64,18 @@ def number(cfg: NumberConfig, out: Output) -> None:
     out.metrics(numbers={"last": cfg.value})
 
 
+def check_number(cfg: NumberConfig) -> None:
+    """Only positive numbers can be counted."""
+    if cfg.value < 0:
+        raise InputError(f"{cfg.value} is less than nothing", hint="give a number from 0")
+
+
+@task(cpus=0.5, check=check_number)
+def count(cfg: NumberConfig, source: Artifact | None = None, *, out: Output) -> None:
+    """Write a number down that was looked at before the run."""
+    out.json("number", cfg.value)
+
+
 @task(cpus=0.5)
 def total(cfg: NumberConfig, first: Artifact, out: Output, **further: Artifact) -> None:
     """Add the numbers of all inputs to the own one."""

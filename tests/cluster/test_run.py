@@ -38,6 +38,7 @@ from tests.cluster.engine_steps import (
     add,
     bundle,
     coordinate,
+    count,
     dawdle,
     flaky,
     number,
@@ -285,6 +286,24 @@ def test_a_profile_that_nothing_fits_starts_no_step(ray_cluster: None, store: St
     assert last.result.error is not None
     assert last.result.error.step is None
     assert {step.state for step in last.result.steps} == {"skipped"}
+
+
+def test_a_step_that_is_known_to_fail_stops_the_run_before_any_other(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before Ray is even started."""
+    started: list[Profile] = []
+    monkeypatch.setattr("goldcrest.cluster.run.attach", started.append)
+    listener = Recorder()
+    chain = pipeline(count.bind(NumberConfig(value=-1), number.bind(ONE)))
+    with pytest.raises(InputError, match="-1 is less than nothing"):
+        run(chain, None, store=store, listeners=[listener])
+    assert started == []
+    assert listener.states("number") == listener.states("count") == ["waiting"]
+    last = listener.events[-1]
+    assert isinstance(last, RunFinished)
+    assert last.result.error is not None
+    assert last.result.error.hint == "give a number from 0"
 
 
 def test_ctrl_c_leaves_a_record_and_a_run_that_goes_on(ray_cluster: None, store: Store) -> None:

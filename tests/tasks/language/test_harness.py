@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -255,8 +256,25 @@ def test_what_the_harness_can_not_do_is_said(
         run(harness, config, dense=bundle)
     with pytest.raises(StepError, match="no model"):
         run(harness, config)
+    assert harness.check is not None
+    with pytest.raises(InputError, match="no task 'tiny_choice'; there are 0"):
+        harness.check(config)  # before any step of a run
+    (tmp_path / "choice.yaml").write_text(CHOICE)
+    harness.check(config)
     with pytest.raises(InputError, match="does not write text"):
         BundleModel(tiny_bundle("bert"))
+
+
+def test_a_missing_package_is_said_before_any_step_and_by_its_own(
+    run: RunTask, bundle: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    config = HarnessConfig(tasks=("tiny_choice",))
+    assert harness.check is not None
+    with pytest.raises(InputError, match=r"not installed \(pip install 'goldcrest\[harness\]'"):
+        harness.check(config)
+    with pytest.raises(InputError, match="not installed"):
+        run(harness, config, dense=bundle)
 
 
 def test_metric_names_are_plain_and_numbers_finite() -> None:
