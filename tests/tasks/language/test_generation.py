@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from typing import Any
 
@@ -11,13 +12,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTokenizerFast
 
 from goldcrest.cluster.api import InputError
+from goldcrest.kernels.weight_only.grid import GridSettings
+from goldcrest.kernels.weight_only.transformer import Options, quantize, quantized_layers
 from goldcrest.tasks.language.bundle import LanguageModel
 from goldcrest.tasks.language.generation import GenerationSettings, Generator, Piece
 from goldcrest.tasks.language.sampling import GumbelNoise
 from goldcrest.tasks.language.transcript import Transcript, overlap
+from tests.kernels.language import tiny_models
 from tests.tasks.language.writing_models import SPECIAL, byte_tokenizer, tiny_bundle
 
 PROMPTS = ["the quick brown fox", "a", "jumps over the lazy dog, twice"]
@@ -65,6 +70,84 @@ def test_greedy_and_beams_are_transformers_own(
     (made,) = generator.generate(PROMPTS[:1], GenerationSettings(max_new_tokens=9, beams=beams))
     tokens = [token for token in expected[0, start:].tolist() if token not in (0, 2)]
     assert list(made.tokens) == tokens
+
+
+def int4_bundle(architecture: str) -> LanguageModel:
+    """A tiny bundle with 4-bit weights, computing on inputs in float32 as its twin does."""
+    bundle = tiny_bundle(architecture)
+    grid, options = GridSettings(group_size=16), Options(compute="float32")
+    batches = [tiny_models.batch(architecture)]
+    quantize(bundle.model, batches, method="rtn", grid=grid, options=options)
+    return bundle
+
+
+def decoded(bundle: LanguageModel) -> Any:
+    """The model with a plain linear layer of the decoded weight for every 4-bit one."""
+    model = copy.deepcopy(bundle.model)
+    for name, layer in quantized_layers(model).items():
+        weight = layer.quantized().effective()
+        plain = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=layer.bias is not None)
+        plain.weight = torch.nn.Parameter(weight)
+        if layer.bias is not None:
+            plain.bias = torch.nn.Parameter(layer.bias)
+        model.set_submodule(name, plain)
+    return model
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_beams_of_an_int4_model_are_those_of_its_decoded_weights(
+    architecture: str, beams: int
+) -> None:
+    """The reference: transformers' own search, without a cache, without a 4-bit product.
+
+    Texts end with </s>, and with padding, after which nothing sensible comes.
+    """
+    bundle = int4_bundle(architecture)
+    generator, model = Generator(bundle), decoded(bundle)
+    chosen = GenerationSettings(max_new_tokens=9, beams=beams)
+    for prompt, made in zip(PROMPTS, generator.generate(PROMPTS, chosen), strict=True):
+        ids = torch.tensor([generator.encode(prompt)])
+        expected = model.generate(
+            ids, max_new_tokens=9, num_beams=beams, do_sample=False, use_cache=False,
+            pad_token_id=0, eos_token_id=[0, 2],
+        )  # fmt: skip
+        start = 1 if architecture == "t5" else ids.shape[1]
+        found = [token for token in expected[0, start:].tolist() if token not in (0, 2)]
+        assert list(made.tokens) == found
+    assert Generator(tiny_bundle(architecture)).generate(PROMPTS, chosen) != generator.generate(
+        PROMPTS, chosen
+    )
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "t5"])
+def test_an_int4_model_samples_by_its_probabilities(architecture: str) -> None:
+    """The reference: token by token over the whole text, the likeliest of noisy cut logits."""
+    bundle = int4_bundle(architecture)
+    generator, model, chosen = Generator(bundle), decoded(bundle), WAYS["sampling"]
+    for made, prompt in zip(generator.generate(PROMPTS, chosen), PROMPTS, strict=True):
+        ids = torch.tensor([generator.encode(prompt)])
+        text = torch.tensor([[0]]) if architecture == "t5" else ids
+        start, noise = text.shape[1], np.random.default_rng([chosen.seed, PROMPTS.index(prompt)])
+        while text.shape[1] < start + 9 and text[0, start:].tolist()[-1:] not in ([0], [2]):
+            given = {"input_ids": ids, "decoder_input_ids": text}
+            with torch.no_grad():
+                logits = (model(**given) if architecture == "t5" else model(text)).logits[0, -1]
+            scores = cut(logits / chosen.temperature, chosen.top_k or 0, chosen.top_p)
+            likeliest = (scores + torch.from_numpy(noise.gumbel(size=len(scores)))).argmax()
+            text = torch.cat([text, likeliest.reshape(1, 1)], dim=1)
+        assert list(made.tokens) == [
+            each for each in text[0, start:].tolist() if each not in (0, 2)
+        ]
+
+
+def cut(scores: Tensor, top_k: int, top_p: float) -> Tensor:
+    """The k likeliest tokens' scores, and of those the fewest with the share p; -inf elsewhere."""
+    values, order = scores.sort(descending=True)
+    values[top_k:] = -torch.inf
+    shares = values.softmax(-1)
+    values[shares.cumsum(-1) - shares >= top_p] = -torch.inf
+    return torch.empty_like(scores).scatter(0, order, values)
 
 
 def test_special_tokens_stand_where_the_model_was_trained_with_them() -> None:
