@@ -22,6 +22,7 @@ from goldcrest.tasks.language.evaluate import EvaluateTextConfig, evaluate_text
 from goldcrest.tasks.language.finetune import FinetuneConfig, finetune
 from goldcrest.tasks.language.generation import WRITERS
 from goldcrest.tasks.language.harness import HarnessConfig, harness
+from goldcrest.tasks.language.layout import check_layout
 from goldcrest.tasks.language.prepare import TextConfig, prepare_text
 from goldcrest.tasks.language.prepare_speech import SpeechCorpusConfig, prepare_speech
 from goldcrest.tasks.language.pretrain import PretrainConfig, pretrain
@@ -193,6 +194,14 @@ class Config(api.Config):
                 raise ValueError(
                     f"{name} is '{getattr(self, name)}'; models of this run: {', '.join(known)}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _layers_can_be_compressed(self) -> Self:
+        """Only the model can tell, and the steps that compress it come hours later."""
+        levels = () if self.sparse is None else self.sparse.levels
+        recipes = [self.sparse.step(level) for level in levels if self.sparse is not None]
+        check_layout(self.pretrain.model, recipes, self.int8, self.int4)
         return self
 
 

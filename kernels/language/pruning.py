@@ -37,6 +37,30 @@ def prunable_linears(model: nn.Module, skip: Iterable[str] = ()) -> list[str]:
     return left_out(block_linears(model), skip)
 
 
+def check_prunable(
+    model: nn.Module, *, skip: Iterable[str] = (), pattern: Sequence[int] | None = None
+) -> list[str]:
+    """Names of the linear layers that `prune_blocks` prunes; the model may lie on "meta".
+
+    Raises ValueError for what can be told by the layers alone: a mixture of experts, a name in
+    `skip` that leaves nothing out, a pattern of (n zeros, of m) that does not divide the inputs.
+    """
+    check_compressible(model)
+    names = prunable_linears(model, skip)
+    if pattern is None:
+        return names
+    zeros, run = pattern
+    widths = {name: weight_matrix(_linear(model, name)).shape[2] for name in names}
+    odd = [f"{name} has {width}" for name, width in widths.items() if width % run]
+    if odd:
+        more = f", and {len(odd) - 3} more layers" if len(odd) > 3 else ""
+        raise ValueError(
+            f"a pattern of {zeros}:{run} does not divide the inputs of {len(odd)} of {len(names)} "
+            f"layers: {', '.join(odd[:3])}{more}; name them in skip, or leave the pattern out"
+        )
+    return names
+
+
 def prune_blocks(
     model: nn.Module,
     batches: Sequence[Batch],
@@ -66,9 +90,8 @@ def prune_blocks(
         ValueError: no batches, an unknown method or layer, inputs that are not finite, a pattern
             that does not divide a layer's inputs, a mixture of experts.
     """
-    check_compressible(model)
     rule = family.load(method)
-    names = prunable_linears(model, skip)
+    names = check_prunable(model, skip=skip, pattern=getattr(settings, "pattern", None))
     shares = dict.fromkeys(names, sparsity)
     if hasattr(rule, "layer_sparsities"):
         weights = {name: weight_matrix(_linear(model, name)) for name in names}

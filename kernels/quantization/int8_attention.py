@@ -54,6 +54,10 @@ _NOT_BUILT = ("softcap", "s_aux", "head_mask")
 """What some models change in an attention: caps on scores, sinks, weights of heads."""
 
 
+class UnknownAttentionError(ValueError):
+    """An attention that does what is not built here."""
+
+
 class AttentionGrids(nn.Module):
     """Steps of one attention layer: buffers that a bundle stores.
 
@@ -73,16 +77,27 @@ class AttentionGrids(nn.Module):
         self.register_buffer("query_scale", torch.tensor(0.0))
 
 
-class AttentionObserver:
+class AttentionShape:
+    """That an attention layer was called, and how its keys and values are made."""
+
+    def __init__(self) -> None:
+        self.shape = (0, 0)  # heads of keys and values, their channels
+
+    def observe(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
+        """Take queries (B, H, T, D), keys and values (B, G, S, D), on any device."""
+        self.shape = (key.shape[1], key.shape[3])
+
+
+class AttentionObserver(AttentionShape):
     """What calibration sees of one attention layer."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.moments = {name: Moments() for name in ("query", "key", "value")}
         self.ranges = {name: MinMax() for name in ("query", "key", "value")}
         self._largest = {name: ChannelMax() for name in ("query", "key", "value")}
         self._asking: Tensor | None = None
         self._asked: Tensor | None = None
-        self.shape = (0, 0)  # heads of keys and values, their channels
 
     def real(self, queries: Tensor | None, keys: Tensor | None) -> None:
         """The tokens that count in what comes next: (B, T) of queries, (B, S) of keys and values,
@@ -91,8 +106,8 @@ class AttentionObserver:
 
     def observe(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
         """Take queries (B, H, T, D), keys and values (B, G, S, D)."""
-        heads, width = key.shape[1], key.shape[3]
-        self.shape = (heads, width)
+        super().observe(query, key, value, scaling)
+        heads, width = self.shape
         for name, x, mask in (
             ("query", query * scaling, self._asking),
             ("key", key, self._asked),
@@ -142,20 +157,20 @@ def attention(
 
     A module with `AttentionGrids` under `int8` computes on integers; keys and values may then be
     codes already, from an `Int8CacheLayer`. Any other module computes in floating point, and shows
-    its inputs to the `AttentionObserver` under `int8`, if there is one.
+    its inputs to the `AttentionShape` under `int8`, if there is one.
 
-    Raises ValueError for a model whose attention does what is not built here.
+    Raises UnknownAttentionError for a model whose attention does what is not built here.
     """
     for name in _NOT_BUILT:
         if keywords.get(name) is not None:
-            raise ValueError(
+            raise UnknownAttentionError(
                 f"{type(module).__name__} computes with {name}, which INT8 attention does not "
                 "know; set settings.attention to false"
             )
     grids = getattr(module, "int8", None)
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     if not isinstance(grids, AttentionGrids):
-        if isinstance(grids, AttentionObserver):
+        if isinstance(grids, AttentionShape):
             grids.observe(query, key, value, factor)
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,

@@ -33,6 +33,7 @@ from goldcrest.kernels.quantization.calibration import MinMax, Percentile
 from goldcrest.kernels.quantization.int8 import grid_of_range, quantize_weight, weight_scales
 from goldcrest.kernels.quantization.int8_attention import (
     AttentionGrids,
+    UnknownAttentionError,
     put_grids,
     use_attention,
 )
@@ -120,8 +121,7 @@ def quantize(
     model.eval()
     _untie(model)
     attentions = _attentions(model, batches[0]) if settings.attention else []
-    linears = [name for name, each in model.named_modules() if isinstance(each, LINEAR_TYPES)]
-    _check_names([*linears, *attentions], settings.skip_names)
+    _check_names(model, attentions, settings.skip_names)
     smoothed = []
     if settings.smooth:
         rule = smoothing.Settings(alpha=settings.alpha)
@@ -157,12 +157,30 @@ def quantize(
     }
 
 
+def check_quantizable(model: PreTrainedModel, batch: Batch, settings: Settings) -> None:
+    """Raise the ValueError of `quantize` that can be told of a model on "meta", which is changed.
+
+    `batch`: the least that the model takes, on "meta" too. Where the model's own code asks for
+    values, which "meta" has none of, nothing is said of its attention.
+    """
+    check_compressible(model)
+    attentions = []
+    if settings.attention:
+        try:
+            attentions = _attentions(model.eval(), batch)
+        except UnknownAttentionError:
+            raise
+        except Exception:  # noqa: BLE001 - whatever the library's code raises without values
+            return
+    _check_names(model, attentions, settings.skip_names)
+
+
 def _attentions(model: PreTrainedModel, batch: Batch) -> list[str]:
     """Names of the attention modules, which from now on go through `int8_attention`."""
     use_attention(model)
     names = attention_names(model, batch)
     if not names:
-        raise ValueError(
+        raise UnknownAttentionError(
             f"{type(model).__name__} multiplies queries and keys in code of its own, which can't "
             "be quantized; set settings.attention to false to leave attention and its cache in "
             "floating point"
@@ -193,7 +211,9 @@ def _skipped(model: PreTrainedModel, scores: Mapping[str, float], settings: Sett
     return named | set(highest(ranked, settings.skip))
 
 
-def _check_names(known: Sequence[str], names: Sequence[str]) -> None:
+def _check_names(model: nn.Module, attentions: Sequence[str], names: Sequence[str]) -> None:
+    linears = [name for name, each in model.named_modules() if isinstance(each, LINEAR_TYPES)]
+    known = [*linears, *attentions]
     unknown = sorted(set(names) - set(known))
     if unknown:
         near = difflib.get_close_matches(unknown[0], known, n=3)

@@ -10,15 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from goldcrest.kernels.language.sequential import Batch, BlockStep
 from goldcrest.kernels.language.stacks import LINEAR_TYPES, block_linears, stacks
-from goldcrest.kernels.quantization.int8_attention import AttentionObserver
+from goldcrest.kernels.quantization.int8_attention import AttentionObserver, AttentionShape
 
+Seen = TypeVar("Seen", bound=AttentionShape)
 See = Callable[[str, nn.Module, Tensor], None]
 """(layer's full name, layer, the real tokens that it reads (N, D))."""
 
@@ -167,7 +168,13 @@ def _real(x: Tensor, mask: Tensor | None) -> Tensor:
 @contextmanager
 def observed(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, AttentionObserver]]:
     """Observers of the attention modules given, which must compute through `int8_attention`."""
-    observers = {name: AttentionObserver() for name in modules}
+    with _shown_to(modules, AttentionObserver) as observers:
+        yield observers
+
+
+@contextmanager
+def _shown_to(modules: Mapping[str, nn.Module], kind: type[Seen]) -> Iterator[dict[str, Seen]]:
+    observers = {name: kind() for name in modules}
     for name, module in modules.items():
         module.int8 = observers[name]  # type: ignore[assignment]
     try:
@@ -178,9 +185,12 @@ def observed(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, AttentionOb
 
 
 def attention_names(model: nn.Module, batch: Batch) -> list[str]:
-    """Names of the modules that call `int8_attention.attention` on this batch, in module order."""
+    """Names of the modules that call `int8_attention.attention` on this batch, in module order.
+
+    Model and batch may lie on "meta": shapes are looked at, no values.
+    """
     candidates = {name: each for name, each in model.named_modules() if name and _composed(each)}
-    with observed(candidates) as observers, torch.no_grad():
+    with _shown_to(candidates, AttentionShape) as observers, torch.no_grad():
         model(**batch)
     return [name for name, observer in observers.items() if observer.shape != (0, 0)]
 

@@ -45,6 +45,7 @@ from goldcrest.tasks.methods import complete_method
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel
 
     from goldcrest.kernels.weight_only.search import Recipe, Rule, Trial
     from goldcrest.tasks.language.int4_trials import Material
@@ -292,22 +293,13 @@ def _recipes(
 ) -> tuple[list[Recipe], dict[int, str]]:
     """Recipes in the order they are tried, and why group sizes were left out."""
     from goldcrest.kernels.language.architectures import bare_model
-    from goldcrest.kernels.language.stacks import check_compressible
     from goldcrest.kernels.weight_only.grid import GridSettings
     from goldcrest.kernels.weight_only.search import Recipe, ordered
-    from goldcrest.kernels.weight_only.transformer import check_groups, layers_at
 
     bare = bare_model(load_config(material.bundle), material.family)
-    try:
-        check_compressible(bare)
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    try:
-        spared = layers_at(bare, cfg.high_precision)
-    except ValueError as error:
-        raise InputError(f"high_precision: {error}") from error
-    recipes, skipped = [], {}
-    for size in cfg.group_sizes:
+    spared, skipped = check_layers(cfg, bare)
+    recipes = []
+    for size in (each for each in cfg.group_sizes if each not in skipped):
         grids = [
             GridSettings(
                 bits=cfg.bits,
@@ -318,11 +310,6 @@ def _recipes(
             )
             for scheme in cfg.schemes
         ]
-        try:
-            check_groups(bare, grids[0], spared)
-        except ValueError as error:
-            skipped[size] = str(error)
-            continue
         recipes += [
             Recipe(
                 method=method,
@@ -333,12 +320,38 @@ def _recipes(
             for grid in grids
             for method, settings in cfg.methods.items()
         ]
-    if not recipes:
+    return ordered(recipes, cfg.prefer), skipped
+
+
+def check_layers(cfg: Int4Config, model: PreTrainedModel) -> tuple[frozenset[str], dict[int, str]]:
+    """Layers that stay float, and why group sizes do not fit the model, which may lie on "meta".
+
+    Raises InputError for a model that can't be quantized so.
+    """
+    from goldcrest.kernels.language.stacks import check_compressible
+    from goldcrest.kernels.weight_only.grid import GridSettings
+    from goldcrest.kernels.weight_only.transformer import check_groups, layers_at
+
+    try:
+        check_compressible(model)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    try:
+        spared = layers_at(model, cfg.high_precision)
+    except ValueError as error:
+        raise InputError(f"high_precision: {error}") from error
+    skipped = {}
+    for size in cfg.group_sizes:
+        try:
+            check_groups(model, GridSettings(group_size=size, ragged=cfg.ragged), spared)
+        except ValueError as error:
+            skipped[size] = str(error)
+    if len(skipped) == len(set(cfg.group_sizes)):
         raise InputError(
             "no group size fits this model: " + "; ".join(skipped.values()),
             hint="set group_sizes to one that fits, or ragged to true",
         )
-    return ordered(recipes, cfg.prefer), skipped
+    return spared, skipped
 
 
 def _zeros_kept(settings: Mapping[str, Any]) -> dict[str, Any]:

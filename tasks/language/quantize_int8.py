@@ -33,7 +33,7 @@ from goldcrest.tasks.methods import SettingsOf, settings_of
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 _KERNEL = "goldcrest.kernels.quantization.int8_transformer"
@@ -66,7 +66,7 @@ def quantize_int8(cfg: QuantizeInt8Config, model: Artifact, tokens: Artifact, ou
     try:
         description = quantize(network, given, settings_of(_KERNEL, "Settings", cfg.settings))
     except ValueError as error:
-        raise StepError(f"the model can't be quantized to INT8: {error}") from error
+        raise _refused(error) from error
     told["loss"]["int8"] = _loss(network, given)
     tensors = state(network, description)
     _report(description, told, out)
@@ -93,6 +93,35 @@ def quantize_int8(cfg: QuantizeInt8Config, model: Artifact, tokens: Artifact, ou
             },
         },
     )
+
+
+def check_quantizable(cfg: QuantizeInt8Config, model: PreTrainedModel, family: str) -> None:
+    """StepError for a model on "meta", which is changed, that can't be quantized so."""
+    from goldcrest.kernels.quantization import int8_transformer
+
+    settings = settings_of(_KERNEL, "Settings", cfg.settings)
+    try:
+        int8_transformer.check_quantizable(model, _least_batch(model.config, family), settings)
+    except ValueError as error:
+        raise _refused(error) from error
+
+
+def _least_batch(config: PreTrainedConfig, family: str) -> dict[str, Tensor]:
+    """Inputs without values ("meta") for a model of the family."""
+    import torch
+
+    from goldcrest.kernels.language.architectures import speech_window
+
+    ids = torch.zeros(1, 4, dtype=torch.long, device="meta")
+    if family != "speech":
+        return {"input_ids": ids, **({"decoder_input_ids": ids} if family == "seq2seq" else {})}
+    frames, bins = speech_window(config)
+    speech = torch.zeros(1, bins, frames, device="meta")
+    return {"input_features": speech, "decoder_input_ids": ids}
+
+
+def _refused(error: ValueError) -> StepError:
+    return StepError(f"the model can't be quantized to INT8: {error}")
 
 
 def _batches(

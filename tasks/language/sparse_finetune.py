@@ -280,6 +280,20 @@ def _trained(
     return trained.model_state, trained.history
 
 
+def check_prunable(cfg: SparseTextConfig, model: Any) -> None:
+    """StepError for a model (on "meta", too) that has no layers to be pruned so."""
+    from goldcrest.kernels.language import pruning
+
+    try:
+        pruning.check_prunable(model, skip=cfg.skip, pattern=cfg.settings.get("pattern"))
+    except ValueError as error:
+        raise _refused(cfg, error) from error
+
+
+def _refused(cfg: SparseTextConfig, error: ValueError) -> StepError:
+    return StepError(f"pruning by {cfg.method} to {cfg.sparsity:.0%}: {error}")
+
+
 def prune_bundle(folder: Path, *, text: Text, cfg: SparseTextConfig, seed: int, into: Path) -> None:
     """Prune the model of a bundle; weights, masks and layer names go into a folder, the names last.
 
@@ -306,7 +320,7 @@ def prune_bundle(folder: Path, *, text: Text, cfg: SparseTextConfig, seed: int, 
             skip=cfg.skip,
         )
     except ValueError as error:
-        raise StepError(f"pruning by {cfg.method} to {cfg.sparsity:.0%}: {error}") from error
+        raise _refused(cfg, error) from error
     into.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.contiguous() for name, value in own_state(model).items()}
     save_file(tensors, into / "weights.safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -168,10 +169,104 @@ def test_skipped_layers_are_looked_up_in_the_network_of_the_config() -> None:
     assert speaker.Config(quantize=int8, pretrain=network).quantize.settings["skip_names"]
 
 
+LLAMA = {
+    "hidden_size": 48,
+    "intermediate_size": 60,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
+BLOOM = {"architecture": "bloom", "settings": {"hidden_size": 64, "n_layer": 1, "n_head": 4}}
+EXPERTS = {**LLAMA, "num_local_experts": 2}
+ALONE: dict[str, Any] = {"sparse": None, "int8": None, "int4": None}
+
+
+def compressed(model: dict[str, Any], **parts: Any) -> language.Config:
+    return language.Config(**{"pretrain": {"model": model}, **ALONE, **parts})
+
+
+@pytest.mark.parametrize(
+    ("model", "parts", "words"),
+    [
+        (
+            {"settings": LLAMA},
+            {"int4": {"group_sizes": [32, 64]}},
+            r"field 'int4': no group size fits this model: groups of 32 do not .* ragged to true",
+        ),
+        (
+            {"settings": LLAMA},
+            {"int4": {"high_precision": ["layers.0"], "ragged": True}},
+            "field 'int4': high_precision: no layer of a block is called 'layers.0'",
+        ),
+        (
+            {"settings": LLAMA},
+            {"sparse": {"levels": [0.5], "recipe": {"settings": {"pattern": [4, 8]}}}},
+            r"field 'sparse': pruning by sparsegpt to 50%: a pattern of 4:8 does not divide the "
+            r"inputs of 1 of 7 layers: model\.layers\.0\.mlp\.down_proj has 60",
+        ),
+        (
+            {"settings": LLAMA},
+            {"sparse": {"recipe": {"skip": ["model.layers.0.mlp.down"]}}},
+            "field 'sparse': .* did you mean 'model.layers.0.mlp.down_proj'",
+        ),
+        (
+            {"settings": LLAMA},
+            {"int8": {"settings": {"skip_names": ["model.layers.1.mlp"]}}},
+            "field 'int8': .* cannot skip 'model.layers.1.mlp': no operation is called so",
+        ),
+        (
+            {"architecture": "mixtral", "settings": EXPERTS},
+            {"sparse": {}},
+            "field 'sparse': .* take a model without experts",
+        ),
+        (
+            BLOOM,
+            {"int8": {}},
+            "field 'int8': the model can't be quantized .*; set settings.attention to false",
+        ),
+    ],
+)
+def test_models_that_can_not_be_compressed_are_refused_before_they_are_trained(
+    model: dict[str, Any], parts: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        compressed(model, **parts)
+
+
+def test_what_fits_the_models_layers_is_let_through() -> None:
+    pattern = {"settings": {"pattern": [4, 8]}, "skip": ["model.layers.0.mlp.down_proj"]}
+    compressed({"settings": LLAMA}, sparse={"levels": [0.5], "recipe": pattern})
+    compressed({"settings": LLAMA}, int4={"group_sizes": [64, -1]})
+    compressed({"settings": LLAMA}, int4={"group_sizes": [64], "ragged": True})
+    compressed(BLOOM, int8={"settings": {"attention": False}}, int4={"group_sizes": [64]})
+    compressed({"architecture": "mixtral", "settings": EXPERTS})
+
+
+def test_a_trained_models_layers_are_looked_at_in_its_folder(tmp_path: Path) -> None:
+    """What can't be looked at (a name on the hub, a folder that is no model's) its steps check."""
+    values = {"model_type": "llama", "vocab_size": 64, **LLAMA}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    given = {"pretrain": {"training": None, "model": {"path": str(tmp_path)}}}
+    given["tokenizer"] = {"method": "load", "path": str(tmp_path)}
+    with pytest.raises(ValueError, match="field 'int4': no group size fits this model"):
+        language.Config(**given)
+    (tmp_path / "config.json").write_text(json.dumps({**values, "hidden_size": 128}))
+    with pytest.raises(ValueError, match=r"mlp.down_proj has 60 \(only -1 fits"):
+        language.Config(**given)
+    for text in ("{}", "[]", "", json.dumps({**values, "model_type": "t5"})):
+        (tmp_path / "config.json").write_text(text)
+        language.Config(**given)
+    compressed({"hub": "owner/name"}, int4={"group_sizes": [1024]})
+
+
 def test_layers_that_were_found_once_are_looked_up_without_torch() -> None:
     """A run that is wholly cached must not pay for the import."""
-    make = "speaker.Config(sparse={'skip': ['embed']}, quantize={'settings': {'skip_names': []}})"
-    code = f"import sys; from goldcrest.pipelines import speaker; {make}; print(*sys.modules)"
+    make = (
+        "speaker.Config(sparse={'skip': ['embed']}, quantize={'settings': {'skip_names': []}}); "
+        "language.Config()"
+    )
+    imports = "from goldcrest.pipelines import language, speaker"
+    code = f"import sys; {imports}; {make}; print(*sys.modules)"
     runs = [
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         for _ in range(2)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from goldcrest.kernels.language.block_outputs import block_masks, recorded_outputs
-from goldcrest.kernels.language.pruning import prunable_linears, prune_blocks
+from goldcrest.kernels.language.pruning import check_prunable, prunable_linears, prune_blocks
 from goldcrest.kernels.language.stacks import block_linears, stacks
 from goldcrest.kernels.sparsity import magnitude, sparsegpt, wanda
 from goldcrest.kernels.sparsity.model import prune_model
@@ -151,6 +151,27 @@ def test_what_is_skipped_stays_dense_and_bad_input_is_told() -> None:
         model.model.embed_tokens.weight.fill_(torch.nan)
     with pytest.raises(ValueError, match="NaN or infinite"):
         prune(model, inputs("llama"))
+
+
+def test_a_pattern_that_does_not_divide_is_told_before_anything_changes() -> None:
+    """Of 48 inputs runs of 32 leave 16: the first such layer comes after others were pruned."""
+    model = tiny_models.llama().eval()
+    before = copy.deepcopy(model.state_dict())
+    settings = sparsegpt.Settings(block=32, pattern=(16, 32))
+    told = (
+        r"16:32 does not divide the inputs of 3 of 21 layers: model\.layers\.0\.mlp\.down_proj has"
+    )
+    with pytest.raises(ValueError, match=told):
+        prune(model, inputs("llama"), sparsity=0.5, settings=settings)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with torch.device("meta"):
+        bare = tiny_models.llama()
+    with pytest.raises(ValueError, match=told):
+        check_prunable(bare, pattern=settings.pattern)
+    skip = [f"model.layers.{place}.mlp.down_proj" for place in range(3)]
+    names = check_prunable(bare, skip=skip, pattern=settings.pattern)
+    assert names == [name for name in block_linears(bare) if name not in skip]
+    assert list(prune(model, inputs("llama"), sparsity=0.5, settings=settings, skip=skip)) == names
 
 
 def test_outputs_of_all_blocks_are_recorded_with_the_masks_of_their_tokens(
