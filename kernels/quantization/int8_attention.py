@@ -194,10 +194,11 @@ def _bias(
     length = query.shape[2]
     if mask is None and causal and length > 1:
         offset = key.shape[2] - length
-        mask = torch.ones(length, key.shape[2], dtype=torch.bool).tril(offset)[None, None]
+        seen = torch.ones(length, key.shape[2], dtype=torch.bool, device=query.device)
+        mask = seen.tril(offset)[None, None]
     if mask is not None and mask.dtype == torch.bool:
         lowest = torch.finfo(torch.float32).min
-        mask = torch.zeros(mask.shape).masked_fill_(~mask, lowest)
+        mask = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, lowest)
     if mask is None or position_bias is None:
         return position_bias if mask is None else mask
     return position_bias + mask

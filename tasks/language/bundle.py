@@ -38,6 +38,8 @@ _INSTALLERS = {
     "int8": "goldcrest.kernels.quantization.int8_transformer",
     "weight_only": "goldcrest.kernels.weight_only.transformer",
 }
+_CPU_FORMS = ("int8",)
+"""Forms whose products are operators of the CPU (FBGEMM, oneDNN)."""
 
 
 @dataclass(frozen=True)
@@ -211,6 +213,12 @@ def load_bundle(folder: Path | str) -> LanguageModel:
     folder = Path(folder)
     facts = read_description(folder)
     return LanguageModel(facts, load_model(folder), load_tokenizer(folder / "tokenizer"))
+
+
+def device_for(facts: Mapping[str, Any], device: str) -> str:
+    """Where a bundle computes that may use `device`: an INT8 one stays on the CPU."""
+    form = (facts.get("quantization") or {}).get("form")
+    return "cpu" if form in _CPU_FORMS else device
 
 
 _AUTO = {

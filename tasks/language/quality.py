@@ -64,13 +64,16 @@ def check_references(name: str, references: Sequence[Sequence[str]]) -> None:
 
 
 def load_on(folder: Path, device: str) -> LanguageModel:
-    """The bundle in a folder, its model on a device ("cpu", "cuda")."""
+    """The bundle in a folder, its model on a device ("cpu", "cuda"), or where `device_for` says.
+
+    Batches belong on the model's own device, not on the one that was asked for.
+    """
     from torch import nn
 
-    from goldcrest.tasks.language.bundle import load_bundle
+    from goldcrest.tasks.language.bundle import device_for, load_bundle
 
     bundle = load_bundle(folder)
-    nn.Module.to(bundle.model, device)
+    nn.Module.to(bundle.model, device_for(bundle.facts, device))
     return bundle
 
 
@@ -99,7 +102,8 @@ def row_losses(shard: LossShard) -> np.ndarray:
         places = order[start : start + shard.batch_rows]
         rows = [reader[int(shard.rows[place])] for place in places]
         batch = loss_batch(bundle, rows)
-        sums = batch_sums(bundle, {key: value.to(shard.device) for key, value in batch.items()})
+        device = bundle.model.device
+        sums = batch_sums(bundle, {key: value.to(device) for key, value in batch.items()})
         found[places, :3] = np.stack([each.cpu().numpy() for each in sums], axis=1)
     found[:, 3], found[:, 4] = reader.characters[shard.rows], reader.bytes[shard.rows]
     return found

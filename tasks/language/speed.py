@@ -55,6 +55,7 @@ class SpeedConfig(Config):
 def measure_speed(folder: Path, config: SpeedConfig, *, device: str = "cpu") -> dict[str, float]:
     """Measurements of the bundle in `folder`, made by a fresh process.
 
+    An INT8 bundle is measured on the CPU whatever `device` says: it computes nowhere else.
     Raises StepError with the last line of what the process said, if it failed.
     """
     threads = str(config.threads)
@@ -75,11 +76,12 @@ def measure_speed(folder: Path, config: SpeedConfig, *, device: str = "cpu") -> 
 def measure_here(folder: Path, config: SpeedConfig, device: str) -> dict[str, float]:
     """Measurements of the bundle in `folder`, made by this process, which must be fresh."""
     from goldcrest.tasks.language import generation
-    from goldcrest.tasks.language.bundle import read_description
+    from goldcrest.tasks.language.bundle import device_for, read_description
     from goldcrest.tasks.language.quality import load_on
     from goldcrest.tasks.language.transcription import Transcriber
 
-    family = read_description(folder)["family"]
+    facts = read_description(folder)
+    family, device = facts["family"], device_for(facts, device)
     import torch
 
     # What any model needs of the libraries is there before the first figure is taken.

@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderC
 from goldcrest.kernels.quantization.int8_attention import (
     AttentionGrids,
     AttentionObserver,
+    _bias,
     attention,
     integer_attention,
     integer_products,
@@ -124,6 +125,16 @@ def test_masks_hide_keys(kind: str) -> None:
     other = key.clone()
     other[1, :, 1] += 3.0  # nobody sees it
     assert torch.equal(caller(query, other, value, mask=mask), found)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_masks_are_made_where_the_queries_are(told: bool) -> None:
+    """A causal mask of its own, and a boolean one that is given, as what is added to scores."""
+    query, key, _ = (each.to("meta") for each in inputs(1))
+    mask = torch.ones(2, 1, 5, 5, dtype=torch.bool, device="meta") if told else None
+    bias = _bias(query, key, mask, torch.zeros(1, 4, 5, 5, device="meta"), causal=True)
+    assert bias is not None
+    assert bias.device.type == "meta"
 
 
 def test_position_bias_is_added_with_and_without_a_mask() -> None:

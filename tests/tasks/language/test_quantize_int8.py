@@ -23,7 +23,9 @@ from goldcrest.kernels.quantization.int8_linear import Int8Linear
 from goldcrest.tasks.bundles import load_state
 from goldcrest.tasks.data.tokens import TokenRow, TokenWriter
 from goldcrest.tasks.language.bundle import bundle_bytes, load_bundle, load_config, write_bundle
+from goldcrest.tasks.language.quality import LossShard, load_on, row_losses
 from goldcrest.tasks.language.quantize_int8 import QuantizeInt8Config, _batches, quantize_int8
+from goldcrest.tasks.language.speed import SpeedConfig, measure_here
 from tests.kernels.language import tiny_models
 
 RunTask = Callable[..., Artifact]
@@ -73,6 +75,24 @@ def tokens_of(folder: Path, rows: int = 20) -> Artifact:
             )
             writer.write(TokenRow(prompt, answer), example=number, characters=9, size=9)
     return finished(folder, "tokens")
+
+
+def test_a_bundle_stays_on_the_cpu_whose_operators_it_needs(
+    tmp_path: Path, run_task: RunTask
+) -> None:
+    """Another device is asked for: "meta", which any machine has, in place of a GPU."""
+    torch.manual_seed(0)
+    dense = bundle_of(tmp_path / "dense", tiny_models.llama().eval())
+    tokens = tokens_of(tmp_path / "tokens")
+    made = run_task(quantize_int8, CFG, dense, tokens)
+    assert load_on(dense.path, "meta").model.device.type == "meta"
+    assert load_on(made.path, "meta").model.device.type == "cpu"
+    rows = tokens.file("train.arrow")
+    asked = [LossShard(made.path, rows, np.arange(4), 2, device) for device in ("meta", "cpu")]
+    assert np.array_equal(*(row_losses(shard) for shard in asked))
+    threads = torch.get_num_threads()  # measuring sets them for this process
+    speed = SpeedConfig(prompt_tokens=3, new_tokens=2, repeats=1, threads=threads)
+    assert measure_here(made.path, speed, "cuda")["peak_mb"] > 1  # of this process, not of a GPU
 
 
 @pytest.mark.parametrize("architecture", ["llama", "t5", "bert"])
