@@ -156,16 +156,59 @@ class ChannelMax:
         self._largest: Tensor | None = None
 
     def observe(self, x: Tensor) -> None:
-        """Take activations (N, channels). Raises ValueError for NaN or infinite values."""
+        """Take activations (N, ...channels). Raises ValueError for NaN or infinite values."""
         _check(x)
         largest = x.detach().abs().amax(dim=0)
         self._largest = largest if self._largest is None else self._largest.maximum(largest)
 
     def largest(self) -> Tensor:
-        """(channels,). Raises ValueError before anything was observed."""
+        """(...channels). Raises ValueError before anything was observed."""
         if self._largest is None:
             raise ValueError("no activation was observed")
         return self._largest
+
+
+class ChannelPercentile:
+    """`ChannelMax` without the tail: |x| of each channel that a share of its values stays within.
+
+    Magnitudes are counted in buckets of 1/32 of their power of two, in 2^-20..2^12, what lies
+    outside in the first and the last. The upper edge of a bucket counts, so the share is inside,
+    but never more than was seen.
+    """
+
+    def __init__(self, share: float = 0.9999) -> None:
+        """`share` of a channel's values, in (0, 1], lies within."""
+        if not 0 < share <= 1:
+            raise ValueError(f"share must be in (0, 1], not {share}")
+        self.share = share
+        self._max = ChannelMax()
+        self._counts = torch.zeros(0, dtype=torch.int64)  # (channels, buckets)
+
+    def observe(self, x: Tensor) -> None:
+        """Take activations (N, ...channels). Raises ValueError for NaN or infinite values."""
+        self._max.observe(x)
+        channels = x.detach().abs().float().flatten(1)
+        # Of a positive float32, bits 18 to 31: the exponent and five bits of the fraction.
+        buckets = (channels.view(torch.int32).long() >> 18) - _FIRST_BUCKET
+        buckets = buckets.clamp_(0, _BUCKETS - 1)
+        buckets += _BUCKETS * torch.arange(channels.shape[1], device=x.device)
+        size = channels.shape[1] * _BUCKETS
+        found = torch.bincount(buckets.reshape(-1), minlength=size).reshape(-1, _BUCKETS)
+        self._counts = self._counts + found if len(self._counts) else found
+
+    def largest(self) -> Tensor:
+        """(...channels). Raises ValueError before anything was observed."""
+        largest = self._max.largest()
+        total = int(self._counts[0].sum())
+        inside = total - int((1 - self.share) * total)
+        place = (self._counts.cumsum(1) < inside).sum(1)
+        edges = ((place + 1 + _FIRST_BUCKET) << 18).int().view(torch.float32)
+        edges = edges.masked_fill(place == _BUCKETS - 1, torch.inf)
+        return edges.reshape(largest.shape).minimum(largest)
+
+
+_BUCKETS = 32 * 32
+_FIRST_BUCKET = (127 - 20) * 32  # of 2^-20
 
 
 def _check(x: Tensor) -> None:

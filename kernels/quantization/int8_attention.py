@@ -42,7 +42,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask
 from transformers.models.mpt.modeling_mpt import MptAttention
 
-from goldcrest.kernels.quantization.calibration import ChannelMax, MinMax, Moments
+from goldcrest.kernels.quantization.calibration import (
+    ChannelMax,
+    ChannelPercentile,
+    MinMax,
+    Moments,
+)
 from goldcrest.kernels.quantization.int8_cache import to_codes, use_int8_cache
 
 NAME = "goldcrest_int8"
@@ -91,11 +96,15 @@ class AttentionShape:
 class AttentionObserver(AttentionShape):
     """What calibration sees of one attention layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, share: float | None = None) -> None:
+        """`share` of each channel's values lies within its steps; None: all of them."""
         super().__init__()
         self.moments = {name: Moments() for name in ("query", "key", "value")}
         self.ranges = {name: MinMax() for name in ("query", "key", "value")}
-        self._largest = {name: ChannelMax() for name in ("query", "key", "value")}
+        self._largest: dict[str, ChannelMax | ChannelPercentile] = {
+            name: ChannelMax() if share is None else ChannelPercentile(share)
+            for name in ("query", "key", "value")
+        }
         self._asking: Tensor | None = None
         self._asked: Tensor | None = None
 
@@ -121,7 +130,10 @@ class AttentionObserver(AttentionShape):
             self._largest[name].observe(grouped.transpose(1, 2).flatten(0, 1))
 
     def grids(self, *, dynamic: bool) -> AttentionGrids:
-        """The steps that cover what was seen. Raises ValueError before anything was observed."""
+        """The steps that cover what was seen, or the share of it that was asked for.
+
+        Raises ValueError before anything was observed.
+        """
         grids = AttentionGrids(*self.shape)
         grids.key_scale = self._step("key")
         grids.value_scale = self._step("value")

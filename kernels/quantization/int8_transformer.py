@@ -63,7 +63,9 @@ class Settings:
     weights: Literal["gptq", "rtn"] = "gptq"  # rounding with corrections, or to nearest
     damping: float = 0.01  # GPTQ's lambda as a share of mean(diag H)
     activations: Activations = "static"  # one calibrated grid per tensor, or one per token
-    ranges: Literal["minmax", "percentile"] = "minmax"  # how static ranges are found
+    # How static ranges are found: of what linear layers read, and of queries, keys and values (by
+    # channel). Probabilities need none: they are rounded relative to the largest of their row.
+    ranges: Literal["minmax", "percentile"] = "minmax"
     percentile: float = 0.9999  # share of the values inside a range, for "percentile"
     smooth: bool = True  # move outlier channels into weights first
     alpha: float = 0.5  # smoothing: share of a range that goes into the weights; Llama 0.8-0.85
@@ -272,12 +274,13 @@ def _quantize_linears(
     """Block after block, then what is outside: observe, then put low precision in its place."""
     masks = [masks_of(model, batch) for batch in batches]
     dynamic = settings.activations == "dynamic"
+    share = settings.percentile if settings.ranges == "percentile" else None
     for step in walk(model, batches):
         names = [name for name in step.block.linears() if name not in wanted.skipped]
         inside = [name for name in wanted.attentions if name.startswith(f"{step.block.name}.")]
         modules = {name: model.get_submodule(name) for name in inside}
         seen = _SeenInputs(names, settings)
-        with observed(modules) as observers:
+        with observed(modules, share) as observers:
             see_block(step, masks, seen.see)
         _put_linears(model, seen, settings)
         for name, observer in observers.items():

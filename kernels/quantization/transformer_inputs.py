@@ -166,15 +166,22 @@ def _real(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 @contextmanager
-def observed(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, AttentionObserver]]:
-    """Observers of the attention modules given, which must compute through `int8_attention`."""
-    with _shown_to(modules, AttentionObserver) as observers:
+def observed(
+    modules: Mapping[str, nn.Module], share: float | None = None
+) -> Iterator[dict[str, AttentionObserver]]:
+    """Observers of the attention modules given, which must compute through `int8_attention`.
+
+    `share` is that of `AttentionObserver`.
+    """
+    with _shown_to(modules, lambda: AttentionObserver(share)) as observers:
         yield observers
 
 
 @contextmanager
-def _shown_to(modules: Mapping[str, nn.Module], kind: type[Seen]) -> Iterator[dict[str, Seen]]:
-    observers = {name: kind() for name in modules}
+def _shown_to(
+    modules: Mapping[str, nn.Module], make: Callable[[], Seen]
+) -> Iterator[dict[str, Seen]]:
+    observers = {name: make() for name in modules}
     for name, module in modules.items():
         module.int8 = observers[name]  # type: ignore[assignment]
     try:

@@ -52,7 +52,7 @@ class QuantizeInt8Config(Config):
     )
 
 
-@task(cpus=1, timeout="2d", version=4)
+@task(cpus=1, timeout="2d", version=5)
 def quantize_int8(cfg: QuantizeInt8Config, model: Artifact, tokens: Artifact, out: Output) -> None:
     """Quantize a float bundle (dense or sparse), calibrated on `tokens`, to the bundle `int8`."""
     from goldcrest.kernels.quantization.int8_transformer import quantize, state

@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from goldcrest.kernels.quantization import gptq, int8, kurtosis, smoothing
-from goldcrest.kernels.quantization.calibration import ChannelMax, MinMax, Moments, Percentile
+from goldcrest.kernels.quantization.calibration import (
+    ChannelMax,
+    ChannelPercentile,
+    MinMax,
+    Moments,
+    Percentile,
+)
 
 
 @settings(max_examples=40, deadline=None)
@@ -182,7 +188,33 @@ def test_percentile_range_cuts_the_tails() -> None:
     assert everything.range() == pytest.approx((-1e6, 1e6), rel=0.01)
 
 
+def test_percentile_of_each_channel_cuts_its_own_tail() -> None:
+    """Expected: torch.quantile of every channel's magnitudes, to a bucket of 1/32 above it."""
+    x = torch.randn(5000, 3, 4, generator=torch.Generator().manual_seed(0))
+    x *= torch.logspace(-9, 9, 12).reshape(3, 4)  # the ends lie outside of all buckets
+    x[0] *= 1000
+    seen, everything, most = ChannelPercentile(0.99), ChannelPercentile(1.0), ChannelMax()
+    for part in x.split(700):
+        for observer in (seen, everything, most):
+            observer.observe(part)
+    assert torch.equal(everything.largest(), most.largest())
+    share = (x.abs() <= seen.largest()).float().mean(dim=0)
+    assert bool((share >= 0.99).all())
+    exact = x.abs().quantile(0.99, dim=0)
+    within = (exact > 2**-20) & (exact < 2**12)
+    assert int(within.sum()) == 6
+    assert bool((seen.largest() <= exact * 1.04)[within].all())
+    assert bool((seen.largest() <= most.largest()).all())
+
+
 def test_observers_refuse_nothing_and_nan() -> None:
+    empty = ChannelPercentile()
+    with pytest.raises(ValueError, match="no activation"):
+        empty.largest()
+    with pytest.raises(ValueError, match="NaN"):
+        empty.observe(torch.tensor([[float("nan")]]))
+    with pytest.raises(ValueError, match="share must be"):
+        ChannelPercentile(0.0)
     for observer in (MinMax(), Percentile()):
         with pytest.raises(ValueError, match="no activation"):
             observer.range()

@@ -180,6 +180,21 @@ def test_keys_beside_a_few_large_ones_keep_their_share(large: tuple[float, ...],
     assert close(found[0, 0], expected, 0.01)
 
 
+def test_steps_of_a_share_leave_out_what_stands_alone() -> None:
+    """One key, value and query in 2,000 far out: the steps of all three ignore it, if asked to."""
+    query, key, value = inputs(11, batch=4, queries=500, keys=500)
+    for x in (query, key, value):
+        x[0, :, 0] = 1000
+    scales = {}
+    for share in (None, 1.0, 0.99):
+        observer = AttentionObserver(share)
+        observer.observe(query, key, value, 1.0)
+        scales[share] = observer.grids(dynamic=False).state_dict()
+    for name, most in scales[None].items():
+        assert torch.equal(scales[1.0][name], most), name
+        assert bool((scales[0.99][name] < 0.1 * most).all()), name
+
+
 def test_modules_without_grids_compute_in_floating_point() -> None:
     query, key, value = inputs(4)
     torch.testing.assert_close(

@@ -203,6 +203,17 @@ def test_padding_changes_nothing(architecture: str) -> None:
             torch.testing.assert_close(made[1][name], tensor, rtol=1e-4, atol=0)
 
 
+def test_ranges_by_percentile_are_those_of_attention_too() -> None:
+    found = {}
+    for ranges in ("minmax", "percentile"):
+        model = float_model("llama")
+        settings = Settings(ranges=ranges, percentile=0.9, smooth=False)  # type: ignore[arg-type]
+        quantize(model, batches("llama"), settings)
+        found[ranges] = model.model.layers[0].self_attn.int8.state_dict()
+    for name, most in found["minmax"].items():
+        assert bool((found["percentile"][name] < most).all()), name
+
+
 def test_an_attention_that_can_not_be_quantized_is_refused_in_words() -> None:
     """BLOOM multiplies by itself; Gemma 2 caps its scores. Both work without INT8 attention."""
     sizes = {"vocab_size": 64, "hidden_size": 32, "bos_token_id": 1, "eos_token_id": 2}
