@@ -23,7 +23,7 @@ from goldcrest.kernels.language.sequential import Batch, BlockStep, calibration,
 from goldcrest.kernels.language.stacks import block_linears, check_compressible
 from goldcrest.kernels.sparsity.hessian import weight_matrix
 from goldcrest.kernels.sparsity.masks import Masks
-from goldcrest.kernels.sparsity.model import hessians, left_out, prune_layer
+from goldcrest.kernels.sparsity.model import hessians, left_out, prune_layer, told_of
 
 TokenMasks = Sequence[Tensor | None]
 """A token mask (B, T) per calibration batch, True on tokens; None where nothing is padded."""
@@ -87,8 +87,8 @@ def prune_blocks(
         masks by layer name, in the shapes of the layers' weights.
 
     Raises:
-        ValueError: no batches, an unknown method or layer, inputs that are not finite, a pattern
-            that does not divide a layer's inputs, a mixture of experts.
+        ValueError: no batches, an unknown method or layer, a mixture of experts; naming the layer:
+            inputs that are not finite or none at all, a pattern that does not divide them.
     """
     rule = family.load(method)
     names = check_prunable(model, skip=skip, pattern=getattr(settings, "pattern", None))
@@ -107,7 +107,8 @@ def prune_blocks(
                 found = _hessians(step, group, token_masks)
                 for name in group:
                     layer = _linear(model, name)
-                    masks[name] = prune_layer(layer, found[name], rule, shares[name], settings)
+                    with told_of(name):
+                        masks[name] = prune_layer(layer, found[name], rule, shares[name], settings)
     return {name: masks[name] for name in names}
 
 
@@ -115,7 +116,7 @@ def _hessians(step: BlockStep, names: Sequence[str], masks: TokenMasks) -> dict[
     """H of layers of the step's block, by full name."""
     prefix = f"{step.block.name}."
     local = [name.removeprefix(prefix) for name in names]
-    found = hessians(step.block.module, local, calibration(step, masks))
+    found = hessians(step.block.module, local, calibration(step, masks), within=prefix)
     return {prefix + name: value for name, value in found.items()}
 
 

@@ -119,7 +119,9 @@ def _check_mask(mask: Tensor, shape: tuple[int, int]) -> None:
 class HessianAccumulator:
     """H = 2 X X^T (G, D, D) summed over batches, in float64 (half-precision sums lose rank)."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        """`dtype` float32 is for a GPU, most of which are slow in float64."""
+        self.dtype = dtype
         self.tokens = 0
         self._sum: Tensor | None = None
 
@@ -129,14 +131,17 @@ class HessianAccumulator:
         Raises ValueError for NaN or infinite inputs: one of them would poison all of H.
         """
         if not bool(torch.isfinite(columns).all()):
-            raise ValueError("the layer's calibration inputs hold NaN or infinite values")
-        columns = columns.double()
+            raise ValueError(
+                "the layer's calibration inputs hold NaN or infinite values: look for them in the "
+                "weights before it and in the calibration rows"
+            )
+        columns = columns.to(self.dtype)
         product = 2 * columns @ columns.transpose(1, 2)
         self._sum = product if self._sum is None else self._sum.add_(product)
         self.tokens += columns.shape[2]
 
     def hessian(self) -> Tensor:
-        """H (G, D, D) float64. Raises ValueError before any token was added."""
+        """H (G, D, D). Raises ValueError before any token was added."""
         if self._sum is None or self.tokens == 0:
             raise ValueError("no calibration inputs reached this layer")
         return self._sum

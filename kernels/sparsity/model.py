@@ -111,18 +111,40 @@ def layer_columns(
         model.train(was_training)
 
 
-def hessians(model: nn.Module, names: Sequence[str], calibrate: Calibration) -> dict[str, Tensor]:
-    """H = 2 X X^T (G, D, D) float64 of each named layer under the calibration batches.
+def hessians(
+    model: nn.Module,
+    names: Sequence[str],
+    calibrate: Calibration,
+    *,
+    within: str = "",
+    dtype: torch.dtype = torch.float64,
+) -> dict[str, Tensor]:
+    """H = 2 X X^T (G, D, D) of each named layer under the calibration batches.
 
-    Raises ValueError naming a layer that no input reached.
+    `within` begins the layers' names in errors, where `model` is a part of another ("layers.0.");
+    `dtype` is what H is summed in. Raises ValueError naming a layer that no input reached, or
+    whose inputs are not finite.
     """
-    sums = {name: HessianAccumulator() for name in names}
+    sums = {name: HessianAccumulator(dtype) for name in names}
     for name, columns in layer_columns(model, names, calibrate):
-        sums[name].add(columns)
+        with told_of(within + name):
+            sums[name].add(columns)
     for name, accumulator in sums.items():
         if accumulator.tokens == 0:
-            raise ValueError(f"no calibration inputs reached layer '{name}'")
+            raise ValueError(
+                f"no calibration inputs reached layer '{within}{name}': leave it out by 'skip', or "
+                "calibrate on rows that it reads"
+            )
     return {name: accumulator.hessian() for name, accumulator in sums.items()}
+
+
+@contextmanager
+def told_of(layer: str) -> Iterator[None]:
+    """A ValueError inside names the layer."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"layer '{layer}': {error}") from error
 
 
 def prune_model(

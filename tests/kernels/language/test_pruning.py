@@ -174,6 +174,23 @@ def test_a_pattern_that_does_not_divide_is_told_before_anything_changes() -> Non
     assert list(prune(model, inputs("llama"), sparsity=0.5, settings=settings, skip=skip)) == names
 
 
+def test_errors_name_the_layer_and_what_to_do() -> None:
+    """By its name in the model, not in its block."""
+    unreached = tiny_models.llama().eval()
+    unreached.model.layers[1].mlp.spare = torch.nn.Linear(4, 4)
+    with pytest.raises(
+        ValueError, match=r"reached layer 'model\.layers\.1\.mlp\.spare': leave it out by 'skip'"
+    ):
+        prune(unreached, inputs("llama"))
+    broken = tiny_models.llama().eval()
+    with torch.no_grad():
+        broken.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(
+        ValueError, match=r"layer 'model\.layers\.1\.mlp\.down_proj': .* hold NaN .*: look for"
+    ):
+        prune(broken, inputs("llama"))
+
+
 def test_outputs_of_all_blocks_are_recorded_with_the_masks_of_their_tokens(
     model: Any, architecture: str
 ) -> None:
