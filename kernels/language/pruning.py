@@ -11,7 +11,7 @@ states, whose padding is another: these layers are found by the tensor that they
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from goldcrest.kernels import sparsity as family
 from goldcrest.kernels.language.block_outputs import is_encoder
+from goldcrest.kernels.language.offloading import Device, moved
 from goldcrest.kernels.language.sequential import Batch, BlockStep, calibration, walk
 from goldcrest.kernels.language.stacks import block_linears, check_compressible
 from goldcrest.kernels.sparsity.hessian import weight_matrix
@@ -71,6 +72,7 @@ def prune_blocks(
     sparsity: float,
     settings: Any,
     skip: Iterable[str] = (),
+    device: Device | None = None,
 ) -> Masks:
     """Prune the model in place.
 
@@ -82,9 +84,11 @@ def prune_blocks(
         sparsity: share of zeros of every layer (of all together, under a global method).
         settings: the method's `Settings`.
         skip: layers, or modules above them, that stay dense.
+        device: where blocks are run and pruned, one at a time, while the rest stays where it is;
+            None: where the model lies. On a GPU a Hessian is summed in float32.
 
     Returns:
-        masks by layer name, in the shapes of the layers' weights.
+        masks by layer name, in the shapes of the layers' weights, on the model's device.
 
     Raises:
         ValueError: no batches, an unknown method or layer, a mixture of experts; naming the layer:
@@ -96,8 +100,9 @@ def prune_blocks(
     if hasattr(rule, "layer_sparsities"):
         weights = {name: weight_matrix(_linear(model, name)) for name in names}
         shares = rule.layer_sparsities(weights, sparsity, settings)
+    home = next(model.parameters()).device
     masks: Masks = {}
-    for step in walk(model, batches):
+    for step in walk(model, batches, device):
         stack_masks = source if is_encoder(model, step.stack) else target
         inside = [name for name in step.block.linears() if name in shares]
         across = _reads_encoder(step, inside)
@@ -108,25 +113,42 @@ def prune_blocks(
                 for name in group:
                     layer = _linear(model, name)
                     with told_of(name):
-                        masks[name] = prune_layer(layer, found[name], rule, shares[name], settings)
+                        mask = prune_layer(layer, found[name], rule, shares[name], settings)
+                    masks[name] = moved(mask, home)
     return {name: masks[name] for name in names}
 
 
 def _hessians(step: BlockStep, names: Sequence[str], masks: TokenMasks) -> dict[str, Tensor]:
-    """H of layers of the step's block, by full name."""
+    """H of layers of the step's block, by full name, where the block is."""
     prefix = f"{step.block.name}."
     local = [name.removeprefix(prefix) for name in names]
-    found = hessians(step.block.module, local, calibration(step, masks), within=prefix)
+    found = hessians(
+        step.block.module,
+        local,
+        calibration(step, masks),
+        within=prefix,
+        dtype=_hessian_dtype(next(step.block.module.parameters()).device),
+    )
     return {prefix + name: value for name, value in found.items()}
+
+
+def _hessian_dtype(device: torch.device) -> torch.dtype:
+    """float64 on a CPU; most GPUs are slow in it, and float32 without TF32 is enough."""
+    return torch.float64 if device.type == "cpu" else torch.float32
 
 
 def _reads_encoder(step: BlockStep, names: Sequence[str]) -> set[str]:
     """The layers that read a tensor which the block was given beside its hidden states."""
-    beside = {(x.data_ptr(), x.shape) for x in step.beside(0) if x.ndim == 3}
     reading: set[str] = set()
-    if not beside:
+    if all(x.ndim != 3 for x in step.beside(0)):
         return reading
+    beside: set[tuple[int, torch.Size]] = set()
     prefix = f"{step.block.name}."
+
+    def called(_: nn.Module, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
+        given = (*arguments[1:], *keywords.values())  # where the block is, which may be a GPU
+        tensors = [x for x in given if isinstance(x, Tensor) and x.ndim == 3]
+        beside.update((x.data_ptr(), x.shape) for x in tensors)
 
     def told(name: str) -> Any:
         def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -135,12 +157,10 @@ def _reads_encoder(step: BlockStep, names: Sequence[str]) -> set[str]:
 
         return hook
 
-    handles = [
-        step.block.module.get_submodule(name.removeprefix(prefix)).register_forward_pre_hook(
-            told(name)
-        )
-        for name in names
-    ]
+    handles = [step.block.module.register_forward_pre_hook(called, with_kwargs=True)]
+    for name in names:
+        layer = step.block.module.get_submodule(name.removeprefix(prefix))
+        handles.append(layer.register_forward_pre_hook(told(name)))
     try:
         with torch.no_grad():
             step.run(0)

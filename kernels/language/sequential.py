@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from goldcrest.kernels.language.offloading import Device, Visits
 from goldcrest.kernels.language.stacks import Block, Stack, stacks
 
 Batch = Mapping[str, Any]
@@ -77,8 +78,13 @@ class BlockStep:
         return output if isinstance(output, Tensor) else output[0]
 
 
-def walk(model: nn.Module, batches: Sequence[Batch]) -> Iterator[BlockStep]:
+def walk(
+    model: nn.Module, batches: Sequence[Batch], device: Device | None = None
+) -> Iterator[BlockStep]:
     """Every block of the model with its inputs; the next one is fed by what this one has become.
+
+    With a `device` blocks compute there, one at a time (`offloading`): the block of a step is on it
+    while the step lasts. What the step holds, and what `run` gives, stays on the model's own.
 
     The model runs in eval mode without gradients and returns in the mode it came in. Raises
     ValueError where there are no batches, or where a stack is not reached by them.
@@ -87,16 +93,24 @@ def walk(model: nn.Module, batches: Sequence[Batch]) -> Iterator[BlockStep]:
         raise ValueError("no calibration batches: give at least one")
     was_training = model.training
     model.eval()
+    found = stacks(model)
     try:
-        for stack in stacks(model):
-            hidden, calls = enter(model, stack, batches)
-            for place, block in enumerate(stack.blocks):
-                step = BlockStep(stack, block, hidden, [each[place] for each in calls])
-                yield step
-                with torch.no_grad():
-                    hidden = [step.run(index) for index in range(len(batches))]
+        with _visits(found, device) as visits:
+            for stack in found:
+                hidden, calls = enter(model, stack, batches)
+                for place, block in enumerate(stack.blocks):
+                    step = BlockStep(stack, block, hidden, [each[place] for each in calls])
+                    with visits.staying(block.module):
+                        yield step
+                        with torch.no_grad():
+                            hidden = [step.run(index) for index in range(len(batches))]
     finally:
         model.train(was_training)
+
+
+def _visits(found: Sequence[Stack], device: Device | None) -> Visits:
+    blocks = [block.module for stack in found for block in stack.blocks]
+    return Visits(blocks, next(blocks[0].parameters()).device if device is None else device)
 
 
 def enter(
@@ -135,8 +149,9 @@ def _one_pass(model: nn.Module, stack: Stack, batch: Batch) -> tuple[Tensor, lis
         if len(calls) == len(stack.blocks):
             raise _Enough
 
-    handles = [
-        block.module.register_forward_pre_hook(told, with_kwargs=True) for block in stack.blocks
+    handles = [  # first of all hooks: what a block is given before it goes to another device
+        block.module.register_forward_pre_hook(told, with_kwargs=True, prepend=True)
+        for block in stack.blocks
     ]
     try:
         with torch.no_grad():

@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 import torch
 
+from goldcrest.kernels.language import pruning
 from goldcrest.kernels.language.block_outputs import block_masks, recorded_outputs
+from goldcrest.kernels.language.offloading import Visits
 from goldcrest.kernels.language.pruning import check_prunable, prunable_linears, prune_blocks
 from goldcrest.kernels.language.stacks import block_linears, stacks
 from goldcrest.kernels.sparsity import magnitude, sparsegpt, wanda
 from goldcrest.kernels.sparsity.model import prune_model
 from tests.kernels.language import tiny_models
+from tests.kernels.language.elsewhere import AWAY, HOME, Elsewhere
 
 SPARSEGPT = sparsegpt.Settings(block=16)
 
@@ -172,6 +175,77 @@ def test_a_pattern_that_does_not_divide_is_told_before_anything_changes() -> Non
     names = check_prunable(bare, skip=skip, pattern=settings.pattern)
     assert names == [name for name in block_linears(bare) if name not in skip]
     assert list(prune(model, inputs("llama"), sparsity=0.5, settings=settings, skip=skip)) == names
+
+
+def test_on_another_device_is_one_block_at_a_time_and_all_of_its_work(
+    model: Any, architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, batches = copy.deepcopy(model), inputs(architecture)
+    expected = prune(model, batches)
+    with Elsewhere(other, batches, monkeypatch) as device:
+        masks = prune(other, batches, device=AWAY)
+        assert device.away() == 0
+        assert all(device.place(mask) == HOME for mask in masks.values())
+    blocks = [block.module for stack in stacks(other) for block in stack.blocks]
+    sizes = [sum(each.numel() for each in block.parameters()) for block in blocks]
+    assert device.peak == max(sizes)
+    assert device.computed["linalg_cholesky_ex"] == {AWAY}
+    for name, mask in masks.items():
+        assert torch.equal(mask, expected[name]), name
+    for name, value in other.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+    assert not any(block._forward_pre_hooks or block._forward_hooks for block in blocks)
+
+
+def test_a_gpu_has_its_hessians_in_exact_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in TF32, which training may have chosen; on a CPU nothing is changed."""
+    torch.manual_seed(0)
+    model = tiny_models.llama().eval()
+    other = copy.deepcopy(model)
+    torch.set_float32_matmul_precision("high")
+    blocks = [block.module for stack in stacks(model) for block in stack.blocks]
+    found = {}
+    try:
+        for device in ("cuda", "cpu"):
+            with Visits(blocks, device):
+                found[device] = torch.get_float32_matmul_precision()
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert found == {"cuda": "highest", "cpu": "high"}
+
+    assert pruning._hessian_dtype(torch.device("cpu")) == torch.float64
+    assert pruning._hessian_dtype(torch.device("cuda")) == torch.float32
+    expected = prune(model, inputs("llama"))
+    monkeypatch.setattr(pruning, "_hessian_dtype", lambda _: torch.float32)
+    for name, mask in prune(other, inputs("llama")).items():
+        assert float((mask == expected[name]).float().mean()) > 0.99, name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_on_a_gpu_as_on_a_cpu(model: Any, architecture: str) -> None:
+    other, batches = copy.deepcopy(model), inputs(architecture)
+    expected = prune(model, batches)
+    masks = prune(other, batches, device="cuda")
+    assert {each.device.type for each in (*other.parameters(), *masks.values())} == {"cpu"}
+    for name, mask in masks.items():
+        assert float((mask == expected[name]).float().mean()) > 0.98, name
+
+
+def test_an_error_on_another_device_leaves_nothing_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_models.llama().eval()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+    batches = inputs("llama")
+    with Elsewhere(model, batches, monkeypatch) as device:
+        with pytest.raises(ValueError, match="hold NaN"):
+            prune(model, batches, device=AWAY)
+        assert device.away() == 0
+    blocks = [block.module for stack in stacks(model) for block in stack.blocks]
+    assert not any(block._forward_pre_hooks or block._forward_hooks for block in blocks)
 
 
 def test_errors_name_the_layer_and_what_to_do() -> None:
