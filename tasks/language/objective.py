@@ -303,9 +303,9 @@ class SparseObjective(LanguageObjective):
             assert self.teacher is not None
             like = next(model.parameters())
             teacher: nn.Module = load_model(self.teacher)
-            for parameter in teacher.to(like.device).parameters():
+            for parameter in teacher.parameters():  # before it moves: a GPU may hold it just so
                 parameter.data = parameter.data.to(like.dtype)
-            self._teacher = teacher
+            self._teacher = teacher.to(like.device)
         return self._teacher
 
     def masks(self, model: nn.Module) -> Mapping[str, Tensor]:

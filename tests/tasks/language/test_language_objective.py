@@ -187,14 +187,26 @@ def test_the_teacher_stays_outside_frozen_and_in_eval_mode(tmp_path: Path) -> No
     assert again._teacher is None and objective._teacher is teacher
 
 
-def test_the_teacher_has_the_student_s_precision_but_in_its_buffers(tmp_path: Path) -> None:
-    """The engine casts a student's parameters only; rotary frequencies stay float32 in both."""
+def test_the_teacher_has_the_student_s_precision_but_in_its_buffers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine casts a student's parameters only; rotary frequencies stay float32 in both. What
+    moves to the student's device is cast already."""
     objective = sparse(tmp_path, "causal", "squarehead")
     student = objective.build_model()
     for parameter in student.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
     batch = objective.batch(np.arange(5), np.random.default_rng(0))
+    moved: set[torch.dtype] = set()
+    move = torch.nn.Module.to
+
+    def to(self: torch.nn.Module, *given: Any, **named: Any) -> torch.nn.Module:
+        moved.update(parameter.dtype for parameter in self.parameters())
+        return move(self, *given, **named)
+
+    monkeypatch.setattr(torch.nn.Module, "to", to)
     objective.losses(student, batch, epoch=0)
+    assert moved == {torch.bfloat16}  # a GPU may not hold it in float32
     teacher = objective._teacher
     assert {p.dtype for p in teacher.parameters()} == {torch.bfloat16}
     mine, its = dict(student.named_buffers()), dict(teacher.named_buffers())
