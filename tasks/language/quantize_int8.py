@@ -54,7 +54,12 @@ class QuantizeInt8Config(Config):
 
 @task(cpus=1, timeout="2d", version=5)
 def quantize_int8(cfg: QuantizeInt8Config, model: Artifact, tokens: Artifact, out: Output) -> None:
-    """Quantize a float bundle (dense or sparse), calibrated on `tokens`, to the bundle `int8`."""
+    """Quantize a float bundle (dense or sparse), calibrated on `tokens`, to the bundle `int8`.
+
+    All of it runs on the CPU, on the cores that the step holds, also where a profile gives it a
+    GPU: every block is calibrated on what the integer layers before it give, and their operators
+    are the CPU's. A large model takes days; `quantize_int4` can use a GPU.
+    """
     from goldcrest.kernels.quantization.int8_transformer import quantize, state
 
     folder, before = float_text_bundle(model)

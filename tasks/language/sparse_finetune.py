@@ -221,8 +221,12 @@ def sparse_finetune_text(
     out.progress(0.0, f"{cfg.method} to {cfg.sparsity:.0%}")
     pruned = out.scratch / "pruned"
     if not (pruned / _DONE).is_file():  # else a run that was killed has pruned already
-        prune = functools.partial(prune_bundle, text=given, cfg=cfg, seed=out.seed, into=pruned)
-        list(out.runtime.map(prune, [folder], note=f"prune by {cfg.method}"))
+        gpus = _pruning_gpus(cfg, out)
+        device = "cuda" if gpus else "cpu"
+        prune = functools.partial(
+            prune_bundle, text=given, cfg=cfg, seed=out.seed, into=pruned, device=device
+        )
+        list(out.runtime.map(prune, [folder], gpus=gpus, note=f"prune by {cfg.method}"))
     state, history = _trained(cfg, text, folder, teacher, pruned, out)
     layers = json.loads((pruned / _DONE).read_text("utf-8"))
     zeros = sum(int((state[f"{name}.weight"] == 0).sum()) for name in layers)
@@ -247,6 +251,15 @@ def sparse_finetune_text(
             },
         },
     )
+
+
+def _pruning_gpus(cfg: SparseTextConfig, out: Output) -> float:
+    """GPUs that the worker which prunes asks for: as one that trains does, and before they start.
+
+    The step itself declares cpus=0, so it holds none that its workers could wait for.
+    """
+    configured = cfg.training.gpus_per_worker if cfg.training else 0.0
+    return out.runtime.gpus or configured
 
 
 def _trained(
@@ -294,11 +307,20 @@ def _refused(cfg: SparseTextConfig, error: ValueError) -> StepError:
     return StepError(f"pruning by {cfg.method} to {cfg.sparsity:.0%}: {error}")
 
 
-def prune_bundle(folder: Path, *, text: Text, cfg: SparseTextConfig, seed: int, into: Path) -> None:
+def prune_bundle(
+    folder: Path,
+    *,
+    text: Text,
+    cfg: SparseTextConfig,
+    seed: int,
+    into: Path,
+    device: str = "cpu",
+) -> None:
     """Prune the model of a bundle; weights, masks and layer names go into a folder, the names last.
 
-    Runs on a worker. Weights stay on disk, where every training process reads them, instead of
-    travelling with the objective.
+    Runs on a worker. On a GPU (`device` "cuda") there is one block of the model at a time with the
+    batch that it reads, the rest stays in the CPU's memory. Weights stay on disk, where every
+    training process reads them, instead of travelling with the objective.
     """
     from safetensors.torch import save_file
 
@@ -318,6 +340,7 @@ def prune_bundle(folder: Path, *, text: Text, cfg: SparseTextConfig, seed: int, 
             sparsity=cfg.sparsity,
             settings=settings_of(f"{_SPARSITY}.{cfg.method}", "Settings", cfg.settings),
             skip=cfg.skip,
+            device=device,
         )
     except ValueError as error:
         raise _refused(cfg, error) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from goldcrest.cluster.api import Artifact, InputError, StepError
+from goldcrest.cluster.artifact import Output
+from goldcrest.cluster.runtime import LocalRuntime
 from goldcrest.tasks.bundles import load_state
 from goldcrest.tasks.language.bundle import (
     bundle_bytes,
@@ -160,6 +163,76 @@ def test_sparse_fine_tuning_goes_on_where_it_was_stopped(
     for file in ("model.safetensors", "history.json"):
         assert again.file(file).read_bytes() == first.file(file).read_bytes()
     assert all(float(zeros.float().mean()) >= 0.75 for zeros in zeros_of(first).values())
+
+
+@pytest.mark.parametrize(
+    ("profile", "training", "gpus"),
+    [
+        (0.0, None, 0.0),
+        (0.0, FAST, 0.0),
+        (1.0, None, 1.0),
+        (1.0, FAST, 1.0),
+        (0.0, {**FAST, "gpus_per_worker": 1.0}, 1.0),
+    ],
+)
+def test_pruning_asks_for_the_gpu_that_the_profile_or_the_training_has(
+    profile: float,
+    training: dict[str, Any] | None,
+    gpus: float,
+    dense: dict[str, Artifact],
+    tokens: dict[str, Artifact],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """For its worker: the step holds nothing, so the one GPU of a machine is free for that."""
+    from goldcrest.tasks.language import sparse_finetune
+
+    told: dict[str, Any] = {}
+
+    class Enough(Exception):  # noqa: N818 - ends the step
+        """What is asked for is known."""
+
+    def prune_bundle(folder: Path, **given: Any) -> None:
+        told["device"] = given["device"]
+        raise Enough
+
+    class Runtime(LocalRuntime):
+        def map(self, function: Any, items: Any, *, gpus: float = 0.0, **given: Any) -> Any:
+            told["gpus"] = gpus
+            return super().map(function, items, **given)
+
+    monkeypatch.setattr(sparse_finetune, "prune_bundle", prune_bundle)
+    runtime = Runtime()
+    runtime.gpus = profile
+    out = Output(tmp_path / "out", runtime=runtime, scratch=tmp_path / "scratch")
+    cfg = sparse_config(training=training)
+    with pytest.raises(Enough):
+        sparse_finetune_text(cfg, dense["causal"], tokens["causal"], None, None, out=out)
+    assert told == {"gpus": gpus, "device": "cuda" if gpus else "cpu"}
+    assert sparse_finetune_text.resources.cpus == 0
+
+
+def test_where_a_bundle_is_pruned_is_told_to_the_kernel(
+    dense: dict[str, Artifact], tokens: dict[str, Artifact], tmp_path: Path
+) -> None:
+    """On "meta", which has no numbers, pruning ends as soon as it asks for one."""
+    from goldcrest.tasks.language.recipe import read_text
+    from goldcrest.tasks.language.sparse_finetune import load_config, prune_bundle
+
+    folder = dense["causal"].path
+    text = read_text(
+        tokens["causal"],
+        tokenizer=folder / "tokenizer",
+        family="causal",
+        config=load_config(folder),
+    )
+    prune = functools.partial(
+        prune_bundle, folder, text=text, cfg=sparse_config(), seed=0, into=tmp_path
+    )
+    prune()
+    assert (tmp_path / "weights.safetensors").is_file()
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+        prune(device="meta")
 
 
 def test_packed_documents_train_in_bf16(
