@@ -93,8 +93,8 @@ def walk(
         raise ValueError("no calibration batches: give at least one")
     was_training = model.training
     model.eval()
-    found = stacks(model)
     try:
+        found = stacks(model)
         with _visits(found, device) as visits:
             for stack in found:
                 hidden, calls = enter(model, stack, batches)

@@ -116,6 +116,13 @@ def test_the_mode_comes_back_also_when_the_walk_is_left(model: Any, architecture
     assert model.training
 
 
+def test_the_mode_comes_back_where_there_is_nothing_to_walk() -> None:
+    bare = nn.Sequential(nn.Linear(2, 2)).train()
+    with pytest.raises(ValueError, match="Sequential"):
+        next(walk(bare, [{"x": torch.zeros(1, 2)}]))
+    assert bare.training
+
+
 def test_no_batches_are_refused(model: Any) -> None:
     with pytest.raises(ValueError, match="no calibration batches"):
         next(walk(model, []))
