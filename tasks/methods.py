@@ -90,8 +90,8 @@ def complete_settings(module: str, name: str, given: Mapping[str, Any]) -> dict[
 def remembered(question: Sequence[Any], modules: Sequence[str], ask: Callable[[], Any]) -> Any:
     """`ask()` as plain JSON, or what it answered before to the same question.
 
-    The answer must depend on nothing but `question` and the sources of the families of kernels
-    that `modules` belong to. An exception is not remembered.
+    The answer must depend on nothing but `question` and the sources in the folders (families of
+    kernels, tasks) that `modules` belong to. An exception is not remembered.
     """
     asked = json.dumps(question, sort_keys=True, default=str).encode()
     sources = b"".join(_source(module) for module in modules)

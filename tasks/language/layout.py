@@ -22,12 +22,14 @@ from goldcrest.tasks.methods import remembered
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_KERNELS = (
-    "goldcrest.kernels.language.stacks",
+_ASKED = (
+    "goldcrest.kernels.language.pruning",
     "goldcrest.kernels.quantization.int8_transformer",
-    "goldcrest.kernels.sparsity.masks",
+    "goldcrest.kernels.sparsity.hessian",
     "goldcrest.kernels.weight_only.transformer",
+    "goldcrest.tasks.language.layout",
 )
+"""Whose folders hold all that an answer depends on; where one has changed, it is asked anew."""
 
 
 def check_layout(
@@ -50,7 +52,7 @@ def check_layout(
     eight = int8 and [int8.settings["attention"], int8.settings["skip_names"]]
     four = int4 and [int4.group_sizes, int4.ragged, int4.high_precision]
     start = [model.path is None, model.architecture, model.family, values]
-    remembered([start, pruned, eight, four, version("transformers")], _KERNELS, ask)
+    remembered([start, pruned, eight, four, version("transformers")], _ASKED, ask)
 
 
 def _check(
