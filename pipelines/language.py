@@ -199,8 +199,8 @@ class Config(api.Config):
     @model_validator(mode="after")
     def _layers_can_be_compressed(self) -> Self:
         """Only the model can tell, and the steps that compress it come hours later."""
-        levels = () if self.sparse is None else self.sparse.levels
-        recipes = [self.sparse.step(level) for level in levels if self.sparse is not None]
+        sparse = self.sparse
+        recipes = [] if sparse is None else [sparse.step(level) for level in sparse.levels]
         check_layout(self.pretrain.model, recipes, self.int8, self.int4)
         return self
 
