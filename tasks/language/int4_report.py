@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from goldcrest.cluster.api import Output, StepError
 from goldcrest.tasks.language.bundle import load_config
+from goldcrest.tasks.language.ranking_figure import ranked, ranking_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from goldcrest.kernels.weight_only.search import Found, Recipe, Rule
     from goldcrest.tasks.language.int4_trials import Material
     from goldcrest.tasks.language.quantize_int4 import Int4Config
-
-_SHOWN = 40  # layers in the figure, the worst
 
 
 def record(
@@ -152,24 +151,20 @@ def sensitivities(
     out: Output, recipe: Recipe, errors: Mapping[str, float], weights: Mapping[str, int]
 ) -> None:
     """The table and the figure of what each layer loses on the recipe's grid, the worst first."""
-    from matplotlib.figure import Figure
-
-    ranked = sorted(errors, key=lambda name: (-errors[name], name))
+    names = ranked(errors)
     out.table(
         "sensitivities",
         {
-            "layer": ranked,
-            "relative_error": [errors[name] for name in ranked],
-            "weights": [weights[name] for name in ranked],
+            "layer": names,
+            "relative_error": [errors[name] for name in names],
+            "weights": [weights[name] for name in names],
         },
     )
-    shown = ranked[:_SHOWN][::-1]
-    figure = Figure(figsize=(7.0, 1.2 + 0.18 * len(shown)))
-    axes = figure.add_subplot()
-    axes.barh(shown, [100 * errors[name] for name in shown])
-    axes.tick_params(axis="y", labelsize=6)
-    axes.set_xlabel("error of the block's output (% of its power) when the layer alone is rounded")
-    axes.set_title(f"What {recipe.grid.bits} bits harm most")
+    figure = ranking_figure(
+        {name: 100 * error for name, error in errors.items()},
+        title=f"What {recipe.grid.bits} bits harm most",
+        label="error of the block's output (% of its power) when the layer alone is rounded",
+    )
     out.figure("sensitivities", figure)
 
 
@@ -180,7 +175,7 @@ def export(
     description: Mapping[str, Any],
     out: Output,
 ) -> None:
-    """The model in layouts of other runtimes, a folder each that transformers and vLLM can load."""
+    """The model in layouts of other runtimes: a folder each, with its tokenizer."""
     from goldcrest.kernels.weight_only.checkpoint import to_checkpoint
 
     for layout in cfg.exports:

@@ -25,20 +25,19 @@ from goldcrest.tasks.language.bundle import (
     load_model,
     write_bundle,
 )
+from goldcrest.tasks.language.ranking_figure import ranked, ranking_figure
 from goldcrest.tasks.language.recipe import check_lengths
 from goldcrest.tasks.language.rows import check_speech, open_rows, rows_file, window_frames
 from goldcrest.tasks.language.tokenizer import load_tokenizer, tokenizer_folder
 from goldcrest.tasks.methods import SettingsOf, settings_of
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
 _KERNEL = "goldcrest.kernels.quantization.int8_transformer"
 PACKING_PAYS = 0.2  # share of zeros above which a bitmask (1/8 byte a weight) saves bytes
-_SHOWN = 40  # operations in the figure, the worst
 
 
 class QuantizeInt8Config(Config):
@@ -200,17 +199,23 @@ def _packing_pays(tensor: Tensor) -> bool:
 def _report(description: Mapping[str, Any], told: Mapping[str, Any], out: Output) -> None:
     """Metrics, the table of operations by score, and its figure."""
     scores: dict[str, float] = description["scores"]
-    ranked = sorted(scores, key=lambda name: (-scores[name], name))
-    skipped = set(description["skipped"])
+    names = ranked(scores)
+    criterion, skipped = description["settings"]["criterion"], set(description["skipped"])
     out.table(
         "operations",
         {
-            "operation": ranked,
-            description["settings"]["criterion"]: [scores[name] for name in ranked],
-            "skipped": [name in skipped for name in ranked],
+            "operation": names,
+            criterion: [scores[name] for name in names],
+            "skipped": [name in skipped for name in names],
         },
     )
-    out.figure("operations", _figure(description, ranked))
+    figure = ranking_figure(
+        scores,
+        title="What INT8 harms most (red: left in float32)",
+        label=f"{criterion} of the operation's inputs",
+        marked=skipped,
+    )
+    out.figure("operations", figure)
     out.metrics(
         int8={
             "calibration_loss": told["loss"],
@@ -218,21 +223,6 @@ def _report(description: Mapping[str, Any], told: Mapping[str, Any], out: Output
             "linears": len(description["linears"]),
             "attentions": len(description["attentions"]),
             "smoothed_groups": len(description["smoothed"]),
-            "worst": {"operation": ranked[0], "score": scores[ranked[0]]},
+            "worst": {"operation": names[0], "score": scores[names[0]]},
         }
     )
-
-
-def _figure(description: Mapping[str, Any], ranked: list[str]) -> Figure:
-    """The worst operations by score, those left in floating point in another colour."""
-    from matplotlib.figure import Figure
-
-    shown = ranked[:_SHOWN][::-1]
-    colours = ["#c0504d" if name in description["skipped"] else "#4f81bd" for name in shown]
-    figure = Figure(figsize=(7.0, 1.2 + 0.18 * len(shown)))
-    axes = figure.add_subplot()
-    axes.barh(shown, [description["scores"][name] for name in shown], color=colours)
-    axes.tick_params(axis="y", labelsize=6)
-    axes.set_xlabel(f"{description['settings']['criterion']} of the operation's inputs")
-    axes.set_title("What INT8 harms most (red: left in float32)")
-    return figure
