@@ -5,10 +5,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Tests that kill processes, or ask a server how fast it is, have both cores to themselves; all others
-# go two at a time, those first that mostly wait for Ray to start.
-ALONE := $(filter-out %/test_commit_faults.py,$(wildcard tests/chaos/test_*.py)) \
-	tests/security tests/bench/test_serving_bench.py \
+# Tests that kill runs or replicas at short instants, or ask a server how fast it is, have both cores to
+# themselves; all others go two at a time, those first that mostly wait for Ray to start.
+ALONE := tests/security tests/bench/test_serving_bench.py \
+	$(patsubst %,tests/chaos/test_%.py,lost_nodes run_faults serving_faults) \
 	$(patsubst %,tests/pipelines/endpoints/test_%.py,speaker_demo speaker_endpoint generate_demo \
 		generate_endpoint generate_models generate_prompts) \
 	$(patsubst %,tests/pipelines/test_%.py,serve_deploy serve_foreground) \
