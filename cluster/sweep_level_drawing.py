@@ -42,6 +42,8 @@ def draw_levels(chart: Chart) -> Markup:
     levels = sorted({point.level for points in chart.curves.values() for point in points})
     frame = _Frame(levels[0], levels[-1], min(values), max(values))
     parts = [frame.draw(chart.title, levels)]
+    for series, (name, points) in enumerate(chart.curves.items()):
+        parts.append(_series(frame, series, name, points))
     parts += [
         Markup('<line class="beside" x1="{l}" x2="{r}" y1="{y}" y2="{y}"/>').format(
             l=frame.left, r=frame.right, y=f"{frame.y(value):.1f}"
@@ -51,8 +53,6 @@ def draw_levels(chart: Chart) -> Markup:
         )
         for name, value in chart.beside.items()
     ]
-    for series, (name, points) in enumerate(chart.curves.items()):
-        parts.append(_series(frame, series, name, points))
     height = frame.bottom + 34 + 18 * len(chart.curves)
     return svg(frame.right + 16, height, parts, chart.title, "levels")
 
