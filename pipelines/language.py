@@ -189,10 +189,12 @@ class Config(api.Config):
     def _quantized_models_exist(self) -> Self:
         levels = () if self.sparse is None else self.sparse.levels
         known = ["dense", *(level_name(level) for level in levels)]
-        for name in ("int8_of", "int4_of"):
-            if getattr(self, name) not in known:
+        for made in ("int8", "int4"):
+            name = getattr(self, f"{made}_of")
+            if getattr(self, made) is not None and name not in known:
                 raise ValueError(
-                    f"{name} is '{getattr(self, name)}'; models of this run: {', '.join(known)}"
+                    f"{made}_of is '{name}'; models of this run: {', '.join(known)}; "
+                    f"or leave it out: -o {made}=null"
                 )
         return self
 

@@ -86,6 +86,15 @@ def test_every_bundle_of_a_run_tells_of_its_own_model() -> None:
         language.Config(publish={"name": "dense"})
 
 
+@pytest.mark.parametrize("made", ["int8", "int4"])
+def test_what_is_quantized_must_be_a_model_of_the_run(made: str) -> None:
+    """Which one matters only where something is quantized."""
+    source = {f"{made}_of": "sparse_99"}
+    with pytest.raises(ValueError, match=rf"{made}_of is 'sparse_99'.*or leave it out: -o {made}="):
+        language.Config(**source)
+    assert getattr(language.Config(**source, **{made: None}), made) is None
+
+
 @pytest.mark.parametrize("profile", ["gpu-node", "mixed", "kuberay"])
 @pytest.mark.parametrize(
     "path",
