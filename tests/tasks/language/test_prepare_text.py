@@ -269,6 +269,7 @@ PACKS = [
         "A : IN : B | A : AT : C\n",
         ["x", "y"],
     ),
+    ("sst2", {"text": "a fine film", "label": 1}, "a fine film\n", ["1"]),
     (
         "paper-mpt-gsm8k",
         {"question": "1 + 1?", "answer": "It is <<1+1=2>>2.\n#### 2"},
