@@ -27,7 +27,7 @@ def goldcrest(*arguments: str, cwd: Path, expect: int = 0) -> subprocess.Complet
         env=environment,
         capture_output=True,
         text=True,
-        timeout=850,  # 190 s on a calm machine, 430 s were seen on a busy one
+        timeout=550,
     )
     assert done.returncode == expect, done.stdout + done.stderr
     return done
