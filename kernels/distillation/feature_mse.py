@@ -50,7 +50,8 @@ def loss(
         difference = (t.detach().float() - s.float()).square()
         if m is not None:
             real = (m != 0)[:, :, None]
-            total = total + torch.where(real, difference, 0.0).sum() / (real.sum() * t.shape[2])
+            entries = real.sum().clamp(min=1) * t.shape[2]  # no real token: no loss
+            total = total + torch.where(real, difference, 0.0).sum() / entries
         else:
             total = total + difference.mean()
     return settings.weight * total

@@ -59,7 +59,7 @@ def block_loss(teacher: Tensor, student: Tensor, mask: Tensor | None, epsilon: f
         real = (mask != 0)[:, :, None]
         difference = torch.where(real, difference, 0.0)
         energy = torch.where(real, energy, 0.0)
-        entries = real.sum() * teacher.shape[2]
+        entries = real.sum().clamp(min=1) * teacher.shape[2]  # no real token: no loss
         return (difference.sum() / entries) / (energy.sum() / entries + epsilon)
     return difference.mean() / (energy.mean() + epsilon)
 

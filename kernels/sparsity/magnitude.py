@@ -37,6 +37,8 @@ class Settings:
         check_pattern(self.pattern)
         if self.scope not in ("layer", "global"):
             raise ValueError(f"scope must be 'layer' or 'global', not '{self.scope}'")
+        if self.scope == "global" and self.pattern is not None:
+            raise ValueError("a pattern prunes every layer alike: it has no scope 'global'")
 
 
 def prune(

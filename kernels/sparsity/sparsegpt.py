@@ -87,9 +87,8 @@ def prune(
             pruned += due
         else:
             mask[:, start:end] = _pattern_block(work, existing, factor, start, end, settings)
+        # Corrections have moved the zeros that stay: pruning them passes that on to the right.
         _prune_block(work, mask, factor.upper, start, end)
-        work.masked_fill_(existing, 0.0)
-    mask &= ~existing
     return (work * mask).to(weight.dtype), mask
 
 
@@ -153,6 +152,7 @@ def _pattern_block(
         scores = (trial[:, first:last] / upper.diagonal()[first:last]).square()
         scores = scores.masked_fill(existing[:, start + first : start + last], -torch.inf)
         mask[:, first:last] = keep_n_of_m(scores, settings.pattern)
+        mask[:, first:last] &= ~existing[:, start + first : start + last]
         _prune_block(trial, mask, upper, first, last)
     return mask
 

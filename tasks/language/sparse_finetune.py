@@ -113,6 +113,12 @@ class SparseTextConfig(RecipeConfig):
             object.__setattr__(self, "distillation_settings", settings)
         elif self.distillation_settings:
             raise ValueError("distillation_settings given, but distillation is none")
+        taught = self.distillation_settings.get("weight", 0.0)
+        if self.training is not None and self.task_weight == 0 and taught == 0:
+            raise ValueError(
+                "task_weight 0 and nothing from the dense model leave no loss to train with: raise "
+                "task_weight or the weight of the distillation, or set training to null"
+            )
         return self
 
 

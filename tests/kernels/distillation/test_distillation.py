@@ -49,6 +49,13 @@ def test_padding_changes_nothing(method) -> None:
     torch.testing.assert_close(method.loss(teacher, student, padded, setting), plain)
 
 
+@pytest.mark.parametrize("method", [squarehead, feature_mse])
+def test_a_batch_of_padding_alone_costs_nothing(method) -> None:
+    """As for cross-entropy and KL; a NaN would end the training."""
+    nothing = torch.zeros(2, 7)
+    assert method.loss(blocks(0), blocks(1), nothing, method.Settings()) == 0
+
+
 def test_block_masks_may_differ() -> None:
     """An encoder's mask and a decoder's: the sum of the blocks alone."""
     first, second = torch.ones(2, 7), torch.ones(2, 7)

@@ -171,6 +171,24 @@ def test_masks_nest_only_when_zeros_are_kept() -> None:
     assert revived > 0
 
 
+@pytest.mark.parametrize("block", [4, 8, 32])
+@pytest.mark.parametrize("pattern", [None, (3, 4)])
+def test_zeros_that_stay_are_compensated_like_any_others(
+    block: int, pattern: tuple[int, int] | None
+) -> None:
+    """Expected: `prune_with_mask` under the mask that came out, whatever the block (property 4).
+
+    Corrections land on zeros to the right; taking them out again is pruning, with its update.
+    """
+    weight, hessian = problem(11)
+    half, first = sparsegpt.prune(weight, hessian, sparsity=0.5, settings=sparsegpt.Settings())
+    setting = sparsegpt.Settings(block=block, pattern=pattern, keep_zeros=True)
+    pruned, mask = sparsegpt.prune(half, hessian, sparsity=0.8, settings=setting)
+    expected, _ = sparsegpt.prune_with_mask(half, hessian, mask, setting)
+    torch.testing.assert_close(pruned, expected, rtol=0, atol=1e-12)
+    assert not (mask & ~first).any()
+
+
 def test_exact_surgeon_is_at_least_as_good_per_row() -> None:
     """OBS chooses and corrects row by row with exact inverses: lower error on average."""
     exact = approximate = 0.0
@@ -210,6 +228,11 @@ def test_global_magnitude_prunes_the_layer_of_small_weights_harder() -> None:
     shares = magnitude.layer_sparsities(weights, 0.5, magnitude.Settings(scope="global"))
     # The 8 smallest of 1..8 and 5..12: 1, 2, 3, 4, 5, 5, 6, 6.
     assert shares == {"small": 6 / 8, "large": 2 / 8}
+
+
+def test_a_pattern_has_no_global_scope() -> None:
+    with pytest.raises(ValueError, match="every layer alike"):
+        magnitude.Settings(scope="global", pattern=(2, 4))
 
 
 def test_dead_inputs_and_rank_deficient_hessians_are_survived() -> None:

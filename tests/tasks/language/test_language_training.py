@@ -422,6 +422,8 @@ def test_a_gradual_schedule_prunes_what_was_fine_tuned(
         ({"method": "sparsgpt"}, "did you mean 'sparsegpt'"),
         ({"settings": {"pattern": (2, 4)}}, "sparsity of 0.5, not 0.75"),
         ({"distillation": "none", "distillation_settings": {"weight": 2}}, "distillation is none"),
+        ({"distillation": "none", "task_weight": 0}, "no loss to train with"),
+        ({"distillation_settings": {"weight": 0}, "task_weight": 0}, "no loss to train with"),
     ],
 )
 def test_a_bad_sparse_config_is_refused(values: dict[str, Any], told: str) -> None:
