@@ -258,7 +258,7 @@ class GenerateEndpoint(Endpoint):
         job = Job(
             prompts=prompts,
             settings=self._choosing(body),
-            max_tokens=self._allowed(max_tokens),
+            max_tokens=self._allowed(max_tokens, body),
             choices=body.choices,
         )
         asked = len(prompts) * body.choices
@@ -294,11 +294,11 @@ class GenerateEndpoint(Endpoint):
             stop=tuple(body.stop),
         )
 
-    def _allowed(self, max_tokens: int | None) -> int | None:
+    def _allowed(self, max_tokens: int | None, body: GenerateRequest) -> int | None:
         most = self._settings.max_tokens
         if max_tokens is not None and max_tokens > most:
             said = f"answers here have {most} tokens at most"
-            raise refuse(400, "too_many_tokens", said, param="max_tokens")
+            raise refuse(400, "too_many_tokens", said, param=body.limited_by)
         return max_tokens
 
     async def _streamed(self, served: Served, job: Job, head: Head, scope: Scope) -> EventStream:

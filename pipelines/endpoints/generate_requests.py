@@ -150,7 +150,7 @@ class GenerateRequest(BaseModel):
     )
     top_p: float | None = Field(
         None,
-        gt=0,
+        ge=0,
         le=1,
         description="sample among the fewest tokens of this probability [default: 1]",
     )
@@ -185,6 +185,11 @@ class GenerateRequest(BaseModel):
     def choices(self) -> int:
         """Answers to each prompt."""
         return self.n or 1
+
+    @property
+    def limited_by(self) -> str:
+        """Which field says how long the answer may be."""
+        return "max_tokens"
 
     @property
     def greedy(self) -> bool:
@@ -267,6 +272,10 @@ class ChatRequest(GenerateRequest):
     def turns(self) -> tuple[dict[str, str], ...]:
         """The messages for the model: a template may ask whether any other field is there."""
         return tuple({"role": each.role, "content": each.content} for each in self.messages)
+
+    @property
+    def limited_by(self) -> str:
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
     @property
     def limit(self) -> int | None:

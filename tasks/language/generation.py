@@ -65,9 +65,9 @@ class GenerationSettings(Config):
     top_k: int | None = Field(None, ge=1, description="sample among the k likeliest tokens")
     top_p: float = Field(
         1.0,
-        gt=0,
+        ge=0,
         le=1,
-        description="sample among the fewest tokens that have this probability together",
+        description="sample among the fewest tokens with this probability together, one at least",
     )
     seed: int = Field(0, ge=0, description="seed of the sampling")
     stop: tuple[str, ...] = Field((), description="texts that end the answer and are cut off")
@@ -416,7 +416,8 @@ class Generator:
             worker.join()
         if failure:
             raise failure[0]
+        rest = transcript.finish()  # a stop string may stand in what was held back
         reason: FinishReason = "stop" if transcript.ended else "length"
         if reason == "length" and cancelled.is_set() and len(transcript.tokens) < room:
             reason = "cancelled"
-        yield Piece(transcript.finish(), None, reason)
+        yield Piece(rest, None, reason)

@@ -6,7 +6,7 @@ argmax_i (log p_i + g_i) is a sample of p.
 
 transformers draws from torch's global generator: what a prompt gets would depend on the prompts
 beside it and on other threads. Here the noise is added as the last step before a greedy choice,
-from a generator that belongs to the prompt. Temperature, top-k and top-p are transformers' own.
+from a generator that belongs to the prompt. Top-k and top-p are transformers' own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from torch import Tensor
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
-    TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
@@ -42,13 +41,29 @@ class GumbelNoise(LogitsProcessor):
         return scores + torch.from_numpy(noise).to(scores)
 
 
+class Temperature(LogitsProcessor):
+    """Scores (B, V) less their row's maximum, divided by the temperature.
+
+    transformers' own divides alone: at 1e-38 the likeliest tokens are all infinite, no longer in
+    order. Less the maximum the likeliest is 0 however small the temperature is.
+    """
+
+    def __init__(self, temperature: float) -> None:
+        self._temperature = temperature
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """What softmax makes probabilities of; `input_ids` do not matter."""
+        below = scores - scores.amax(dim=-1, keepdim=True)
+        return (below.double() / self._temperature).to(scores)
+
+
 def processors(settings: GenerationSettings, streams: Sequence[int]) -> LogitsProcessorList:
     """What is done to the logits before the greatest is taken: nothing, where nothing is drawn."""
     made = LogitsProcessorList()
     if settings.temperature == 0:
         return made
     if settings.temperature != 1:
-        made.append(TemperatureLogitsWarper(settings.temperature))
+        made.append(Temperature(settings.temperature))
     if settings.top_k is not None:
         made.append(TopKLogitsWarper(settings.top_k))
     if settings.top_p < 1:

@@ -301,6 +301,13 @@ def test_the_model_stops_when_nobody_waits_for_the_answer(text_server: TextClien
         ("completions", {"prompt": "a", "echo": True}, 400, "invalid", "echo"),
         ("completions", {"prompt": "a", "n": 17}, 400, "too_many_choices", "n"),
         ("completions", {"prompt": "a", "max_tokens": 10**6}, 400, "too_many_tokens", "max_tokens"),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": "a"}], "max_completion_tokens": 10**6},
+            400,
+            "too_many_tokens",
+            "max_completion_tokens",
+        ),
         ("completions", {"prompt": [5, 101]}, 400, "invalid_prompt", "prompt"),
         ("chat/completions", {"messages": []}, 400, "invalid", "messages"),
         (

@@ -61,7 +61,7 @@ def test_other_prompts_are_refused(prompt: Any) -> None:
         ({"temperature": 2.1}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
         ({"temperature": float("inf")}, "temperature"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": -0.01}, "top_p"),
         ({"top_p": 1.01}, "top_p"),
         ({"n": 0}, "n: "),
         ({"n": 129}, "n: "),

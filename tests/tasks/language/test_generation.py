@@ -13,11 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerFast,
+)
 
 from goldcrest.cluster.api import InputError
 from goldcrest.kernels.weight_only.grid import GridSettings
 from goldcrest.kernels.weight_only.transformer import Options, quantize, quantized_layers
+from goldcrest.tasks.language import sampling
 from goldcrest.tasks.language.bundle import LanguageModel
 from goldcrest.tasks.language.generation import GenerationSettings, Generator, Piece
 from goldcrest.tasks.language.sampling import GumbelNoise
@@ -213,6 +220,51 @@ def test_a_stop_string_stops_the_model_too() -> None:
     assert steps <= len(answer.text[: place + 1].encode()) + 1 < 40
 
 
+def quote_tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes, and one token of a space with two of the three bytes of a quotation mark."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {name: i for i, name in enumerate([*SPECIAL, *letters, "Ġâ", "ĠâĢ"])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[("Ġ", "â"), ("Ġâ", "Ģ")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(SPECIAL)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+class Writes(LogitsProcessor):
+    """Leaves one choice at each step: the next token of a text."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self._tokens = iter(tokens)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        chosen = torch.full_like(scores, -torch.inf)
+        chosen[:, next(self._tokens)] = 0.0
+        return chosen
+
+
+@pytest.mark.parametrize("said", ["say \u201chello", "say hello"])
+def test_a_stop_string_beside_half_a_character_ends_a_stream_alike(
+    said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token may hold a stop string and the beginning of a character that is never completed."""
+    base, tokenizer = tiny_bundle("llama"), quote_tokenizer()
+    base.model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    generator = Generator(LanguageModel(base.facts, base.model, tokenizer))
+    tokens = tokenizer.backend_tokenizer.encode(said, add_special_tokens=False).ids
+    monkeypatch.setattr(
+        sampling, "processors", lambda *_: LogitsProcessorList([Writes([*tokens, 2])])
+    )
+    for length in (4, len(tokens)):  # it ends with the half, or goes on
+        chosen = GenerationSettings(max_new_tokens=length, stop=(" ",))
+        (whole,) = generator.generate(["hi"], chosen)
+        pieces = list(generator.stream("hi", chosen))
+        assert "".join(piece.text for piece in pieces) == whole.text == "say"
+        assert pieces[-1].finish_reason == whole.finish_reason == "stop"
+
+
 def test_the_end_of_text_token_ends_an_answer(generators: dict[str, Generator]) -> None:
     generator = Generator(tiny_bundle("gpt2"))
     (free,) = generator.generate(["x"], GenerationSettings(max_new_tokens=20))
@@ -367,7 +419,7 @@ def test_streams_in_two_threads_give_what_each_gives_alone() -> None:
         ({"beams": 2, "temperature": 0.5}, "does not sample"),
         ({"stop": ("a", "")}, "stop string is empty"),
         ({"temperature": -1}, "greater than or equal to 0"),
-        ({"top_p": 0}, "greater than 0"),
+        ({"top_p": -0.1}, "greater than or equal to 0"),
         ({"max_new_tokens": 0}, "greater than or equal to 1"),
     ],
 )
@@ -382,6 +434,23 @@ def test_models_that_do_not_write_are_refused() -> None:
             Generator(tiny_bundle(architecture))
     with pytest.raises(InputError, match="can't be streamed"):
         Generator(tiny_bundle("llama")).stream("x", GenerationSettings(beams=2))
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-38, 1e-40, 1e-300, 5e-324])
+def test_the_colder_the_surer(temperature: float) -> None:
+    """Far below what float32 can divide by, the likeliest token is still the one that is drawn."""
+    scores = torch.tensor([[2.0, 5.0, -torch.inf, 4.9]])
+    chosen = GenerationSettings(temperature=temperature, seed=1)
+    drawn = sampling.processors(chosen, [0])(torch.zeros(1, 1, dtype=torch.long), scores)
+    assert drawn.argmax() == 1
+    assert not drawn.isnan().any()
+
+
+def test_no_probability_leaves_the_likeliest_token(generators: dict[str, Generator]) -> None:
+    """top_p = 0, which OpenAI's API allows, is greedy whatever the temperature."""
+    chosen = GenerationSettings(max_new_tokens=9, temperature=2.0, top_p=0, seed=3)
+    for generator in generators.values():
+        assert generator.generate(PROMPTS, chosen) == generator.generate(PROMPTS, WAYS["greedy"])
 
 
 def test_gumbel_noise_samples_the_softmax() -> None:
