@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from goldcrest.cluster.events import Event, Listener, RunResult
+from goldcrest.cluster.json_text import json_text
 from goldcrest.cluster.masking import mask_secrets, mask_text, mask_words
 from goldcrest.cluster.plan import Plan
 from goldcrest.cluster.process_id import aside
@@ -90,7 +91,7 @@ class RunRecord:
         path = self.folder / name
         unfinished = aside(path)
         with contextlib.suppress(OSError):
-            text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, default=str)
+            text = json_text(value, indent=2, sort_keys=True, default=str)
             unfinished.write_text(text + "\n", encoding="utf-8")
             unfinished.replace(path)
 
@@ -103,7 +104,7 @@ class EventFile:
 
     def on_event(self, event: Event) -> None:
         """Append one line."""
-        line = json.dumps(mask_secrets(event.as_json()), ensure_ascii=False, default=str)
+        line = json_text(mask_secrets(event.as_json()), default=str)
         with self._path.open("a", encoding="utf-8") as stream:
             stream.write(line + "\n")
 

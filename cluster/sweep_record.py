@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 from goldcrest.cluster.errors import InputError
 from goldcrest.cluster.events import Failure, stable_status
+from goldcrest.cluster.json_text import json_text
 from goldcrest.cluster.masking import mask_secrets
 from goldcrest.cluster.report import write_text
 from goldcrest.cluster.sweep_space import Space, Values
@@ -148,7 +149,7 @@ class SweepRecord:
 
     def write(self, name: str, value: Mapping[str, Any]) -> None:
         """Replace one JSON file of the record as a whole."""
-        text = json.dumps(mask_secrets(value), indent=2, ensure_ascii=False, default=str)
+        text = json_text(mask_secrets(value), indent=2, default=str)
         with contextlib.suppress(OSError):
             write_text(self.folder / name, text + "\n")
 
@@ -156,7 +157,7 @@ class SweepRecord:
         """Append how a trial stands."""
         facts = mask_secrets({**trial.as_json(), "scores": trial.scores, "steps": trial.steps})
         with contextlib.suppress(OSError), self._trials.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(facts, ensure_ascii=False) + "\n")
+            stream.write(json_text(facts) + "\n")
 
     def ended(self) -> tuple[SweepResult, Space]:
         """The sweep as its last attempt left it, and its space.

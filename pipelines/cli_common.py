@@ -24,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from goldcrest.cluster.errors import GoldcrestError, InputError
+from goldcrest.cluster.json_text import json_text
 from goldcrest.cluster.masking import mask_text
 
 if TYPE_CHECKING:
@@ -206,7 +207,7 @@ def prepare_json(path: Path | None) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` to `path`, in full or not at all; `-` is the standard output."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n"
+    text = json_text(value, indent=2, allow_nan=False, default=str) + "\n"
     if str(path) == "-":
         sys.stdout.write(text)
         sys.stdout.flush()

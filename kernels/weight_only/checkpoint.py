@@ -5,24 +5,22 @@ Sources: the AutoGPTQ and GPTQModel projects (`quantize_config.json`), the AutoA
 
 Every quantized layer becomes `name.qweight`, `name.qzeros`, `name.scales` (and `name.g_idx`);
 everything else keeps its name and numbers. Layers left float are named in the config, or a runtime
-would look for their codes.
+would look for their codes (`loaders.py`).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from goldcrest.kernels.weight_only import awq_layout, gptq_layout
+from goldcrest.kernels.weight_only import awq_layout, gptq_layout, loaders
 from goldcrest.kernels.weight_only.grid import QuantizedWeight
+from goldcrest.kernels.weight_only.loaders import Layout
 from goldcrest.kernels.weight_only.packing import PARTS, unpack_state
-
-Layout = Literal["gptq", "awq"]
-"""Layouts of other runtimes."""
 
 LAYOUTS: dict[Layout, tuple[str, ...]] = {
     "gptq": ("qweight", "qzeros", "scales", "g_idx"),
@@ -32,14 +30,14 @@ LAYOUTS: dict[Layout, tuple[str, ...]] = {
 
 
 def to_checkpoint(
-    state: Mapping[str, Tensor], layout: Layout, float_layers: Collection[str] = ()
+    state: Mapping[str, Tensor], layout: Layout, model: nn.Module
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and the quantization config of a model's state dict.
 
     Args:
         state: of a model with `WeightOnlyLinear` layers.
         layout: which runtimes are to read it.
-        float_layers: layers of the blocks that are not quantized.
+        model: the float model, which may lie on "meta": what its loaders start from.
 
     Raises ValueError for what the layout cannot hold, naming the layer: input scales that are not
     folded, layers of different bits or group sizes, scales beyond float16, and others.
@@ -47,9 +45,10 @@ def to_checkpoint(
     weights = unpack_state(state)
     if not weights:
         raise ValueError("no layer of the model is quantized")
-    form: gptq_layout.Format = "gptq"
-    if any(bool((weight.zero_points == 0).any()) for weight in weights.values()):
-        form = "gptq_v2"  # zero points less 1, as "gptq" has them, cannot tell 0
+    # GPTQModel takes "gptq" of symmetric grids alone: writers disagreed on what it makes of the
+    # zero points of others, and zero points less 1, as it has them, cannot tell 0.
+    symmetric = all(gptq_layout.is_symmetric(weight) for weight in weights.values())
+    form: gptq_layout.Format = "gptq" if symmetric else "gptq_v2"
     stored = {f"{name}.{part}" for name in weights for part in PARTS}
     tensors = {name: tensor for name, tensor in state.items() if name not in stored}
     for name, weight in weights.items():
@@ -63,7 +62,10 @@ def to_checkpoint(
             ) from error
         tensors.update({f"{name}.{part}": tensor for part, tensor in made.items()})
     config = gptq_layout.quantization_config(list(weights.values()), form)
-    return tensors, _awq(config, float_layers) if layout == "awq" else _gptq(config, float_layers)
+    spared = loaders.float_linears(model, weights, blocks=layout == "gptq")
+    if layout == "gptq":
+        return tensors, _gptq(config, sorted(weights), spared)
+    return {**tensors, **loaders.activation_scales(model)}, _awq(config, spared)
 
 
 def from_checkpoint(
@@ -85,25 +87,36 @@ def from_checkpoint(
             weights[name] = awq_layout.from_awq(parts, int(config["group_size"]))
         else:
             weights[name] = gptq_layout.from_gptq(
-                parts, int(config["bits"]), int(config["group_size"]), config["checkpoint_format"]
+                parts,
+                int(config["bits"]),
+                int(config["group_size"]),
+                config.get("checkpoint_format", "gptq"),  # older writers knew no other
             )
     return weights, rest
 
 
-def _gptq(config: dict[str, Any], float_layers: Collection[str]) -> dict[str, Any]:
-    """GPTQModel's way to name layers that are not quantized: "-:" and a regular expression."""
-    kept = {f"-:^{re.escape(name)}$": dict[str, Any]() for name in sorted(float_layers)}
-    return {**config, "lm_head": False, **({"dynamic": kept} if kept else {})}
+def _gptq(
+    config: dict[str, Any], quantized: Collection[str], spared: Collection[str]
+) -> dict[str, Any]:
+    """GPTQModel names the layers of the blocks that are not quantized ("-:" and a regular
+    expression), optimum and transformers those that are.
+    """
+    config = {**config, "lm_head": False}
+    if spared:
+        config["dynamic"] = {f"-:^{re.escape(name)}$": dict[str, Any]() for name in spared}
+        config["modules_in_block_to_quantize"] = [list(quantized)]
+    return config
 
 
-def _awq(config: dict[str, Any], float_layers: Collection[str]) -> dict[str, Any]:
+def _awq(config: dict[str, Any], spared: Collection[str]) -> dict[str, Any]:
+    """AWQ loaders replace every linear layer of the model that is not named here."""
     return {
         "quant_method": "awq",
         "version": "gemm",
         "bits": config["bits"],
         "group_size": config["group_size"],
         "zero_point": not config["sym"],
-        "modules_to_not_convert": [*sorted(float_layers), "lm_head"],
+        "modules_to_not_convert": sorted({*spared, "lm_head"}),
     }
 
 

@@ -41,7 +41,7 @@ def to_gptq(weight: QuantizedWeight, form: Format = "gptq") -> dict[str, Tensor]
     """
     offset = _offset(form)
     rows, columns = weight.codes.shape
-    _check_size(weight.bits, rows, columns)
+    check_size(weight.bits, rows, columns)
     if weight.input_scales is not None:
         raise ValueError("the GPTQ layout has no input scales; fold them into the layer before")
     if offset and bool((weight.zero_points == 0).any()):
@@ -73,7 +73,7 @@ def from_gptq(
     if bits not in BITS or qweight.ndim != 2 or scales.ndim != 2:
         raise ValueError(f"{bits} bits with {qweight.ndim} dimensions are no GPTQ weight")
     columns, rows = qweight.shape[0] * 32 // bits, qweight.shape[1]
-    _check_size(bits, rows, columns)
+    check_size(bits, rows, columns)
     groups = -(-columns // (columns if group_size == -1 else group_size))
     if tuple(scales.shape) != (groups, rows) or qzeros.shape[0] != groups:
         raise ValueError(
@@ -105,15 +105,19 @@ def quantization_config(
     if len(sizes) != 1:
         raise ValueError(f"weights must share bits and group size, not {sorted(sizes)}")
     bits, group_size = sizes.pop()
-    middle = 2 ** (bits - 1)
     return {
         "quant_method": "gptq",
         "checkpoint_format": form,
         "bits": bits,
         "group_size": group_size,
         "desc_act": any(weight.groups is not None for weight in weights),
-        "sym": all(bool((weight.zero_points == middle).all()) for weight in weights),
+        "sym": all(is_symmetric(weight) for weight in weights),
     }
+
+
+def is_symmetric(weight: QuantizedWeight) -> bool:
+    """Whether every group's zero point is in the middle of the codes, 2^(b - 1)."""
+    return bool((weight.zero_points == 2 ** (weight.bits - 1)).all())
 
 
 def half_scales(scales: Tensor) -> Tensor:
@@ -130,7 +134,8 @@ def _offset(form: Format) -> int:
     return 1 if form == "gptq" else 0
 
 
-def _check_size(bits: int, rows: int, columns: int) -> None:
+def check_size(bits: int, rows: int, columns: int) -> None:
+    """Raise ValueError for bits that the format does not know and codes that fill no words."""
     if bits not in BITS:
         raise ValueError(f"the GPTQ layout knows 2, 3, 4 and 8 bits, not {bits}")
     if rows * bits % 32 or columns * bits % 32:

@@ -13,11 +13,21 @@ from __future__ import annotations
 
 import string
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 
 class FieldError(ValueError):
     """A row has no such field, or a field that is no text."""
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """Stands for a field's value that a file holds and Python can't: text that is not UTF-8, a date
+    beyond the year 9999. Only a row whose template reads the field is lost by it.
+    """
+
+    reason: str
 
 
 class Template:
@@ -84,13 +94,20 @@ def _find(row: Mapping[str, Any], path: tuple[str, ...]) -> Any:
         return value
     value = row
     for depth, name in enumerate(path):
+        _check_readable(value, path[:depth])
         if not isinstance(value, Mapping) or value.get(name) is None:
             raise FieldError(f"there is no field '{'.'.join(path[: depth + 1])}'")
         value = value[name]
     return value
 
 
+def _check_readable(value: Any, path: tuple[str, ...]) -> None:
+    if isinstance(value, Unreadable):
+        raise FieldError(f"field '{'.'.join(path)}' can't be read: {value.reason}")
+
+
 def _as_text(value: Any, path: tuple[str, ...], separators: Sequence[str]) -> str:
+    _check_readable(value, path)
     if isinstance(value, str):
         return value
     if isinstance(value, bool):

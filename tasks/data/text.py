@@ -23,7 +23,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -35,6 +35,7 @@ from goldcrest.tasks.data.corpus import as_text
 from goldcrest.tasks.data.documents import DocumentConfig, read_documents
 from goldcrest.tasks.data.hub import DATASETS_PREFIX, dataset_reference, load_splits
 from goldcrest.tasks.data.lines import BadLine, Lines, TextLines
+from goldcrest.tasks.data.templates import Unreadable
 
 Role = Literal["train", "validation", "test"]
 ROLES: tuple[Role, ...] = ("train", "validation", "test")
@@ -43,6 +44,9 @@ _BATCH_ROWS = 64  # decoded at a time: a row may be large
 # What `datasets` raises for a streamed file whose content is wrong; what a connection raises, an
 # OSError, may pass.
 _UNREADABLE = (ValueError, NotImplementedError, EOFError, gzip.BadGzipFile, zlib.error)
+
+# What Arrow raises for a value: text that is not UTF-8, a date out of range, an unknown time zone.
+_UNREADABLE_VALUES = (ValueError, OverflowError, KeyError)
 
 
 class RoleConfig(Config):
@@ -253,28 +257,34 @@ def _parquet(
             for batch in table.iter_batches(_BATCH_ROWS, columns=wanted or None):
                 for row in _rows_of(batch):
                     number += 1
-                    yield _decoded(number, row)
+                    yield Row(number, row)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         raise InputError(f"{file.path} row {number + 1}: not readable Parquet: {error}") from error
 
 
-def _decoded(number: int, row: dict[str, Any] | str) -> Row:
-    return Row(number, row) if isinstance(row, dict) else Row(number, {}, row)
-
-
-def _rows_of(batch: Any) -> Iterable[dict[str, Any] | str]:
-    """The batch's rows as mappings; one that holds invalid UTF-8 as the words that say so."""
+def _rows_of(batch: Any) -> list[dict[str, Any]]:
+    """The batch's rows as mappings, with `Unreadable` for values that are none in Python."""
     try:
         return list(batch.to_pylist())
-    except UnicodeDecodeError:
-        pass  # Arrow does not check the text of a file: find the rows that are wrong
-    rows: list[dict[str, Any] | str] = []
-    for number in range(batch.num_rows):
+    except _UNREADABLE_VALUES:
+        pass  # Arrow checks neither the text nor the dates of a file: find those that are wrong
+    columns = {name: _values(batch.column(name)) for name in batch.schema.names}
+    return [
+        {name: values[number] for name, values in columns.items()}
+        for number in range(batch.num_rows)
+    ]
+
+
+def _values(column: Any) -> list[Any]:
+    values: list[Any] = []
+    for value in column:
         try:
-            rows.append(batch.slice(number, 1).to_pylist()[0])
+            values.append(value.as_py())
         except UnicodeDecodeError as error:
-            rows.append(f"not valid UTF-8: {error.reason}")
-    return rows
+            values.append(Unreadable(f"not valid UTF-8: {error.reason}"))
+        except _UNREADABLE_VALUES as error:
+            values.append(Unreadable(f"no {value.type} that Python knows: {error}"))
+    return values
 
 
 def _dataset(
@@ -289,7 +299,7 @@ def _dataset(
         for batch in table.with_format("arrow").iter(_BATCH_ROWS):
             for row in _rows_of(batch):
                 number += 1
-                yield _decoded(number, row)
+                yield Row(number, row)
     except _UNREADABLE as error:
         message = f"dataset {file.name} can't be read beyond row {number}: {error}"
         raise InputError(message) from error

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from goldcrest.cluster.api import Output, StepError
-from goldcrest.tasks.language.bundle import load_config
+from goldcrest.tasks.language.bundle import load_bare, load_config
 from goldcrest.tasks.language.ranking_figure import ranked, ranking_figure
 
 if TYPE_CHECKING:
@@ -172,7 +172,6 @@ def export(
     cfg: Int4Config,
     material: Material,
     tensors: Mapping[str, Tensor],
-    description: Mapping[str, Any],
     out: Output,
 ) -> None:
     """The model in layouts of other runtimes: a folder each, with its tokenizer."""
@@ -180,7 +179,7 @@ def export(
 
     for layout in cfg.exports:
         try:
-            exported, quantization = to_checkpoint(tensors, layout, description["high_precision"])
+            exported, quantization = to_checkpoint(tensors, layout, load_bare(material.bundle))
         except ValueError as error:
             raise StepError(
                 f"the {layout} layout cannot hold the model that was found: {error}",

@@ -21,6 +21,7 @@ from pydantic import Field, model_validator
 
 from goldcrest.cluster.api import Config, InputError, InputFiles, Output, task
 from goldcrest.tasks.data import synthetic_text
+from goldcrest.tasks.data.corpus import as_text
 from goldcrest.tasks.data.documents import DocumentConfig
 from goldcrest.tasks.data.templates import FieldError, Template
 from goldcrest.tasks.data.text import (
@@ -314,7 +315,7 @@ def _known_templates(file: TextFile, row: Row) -> tuple[Template, Template]:
             return prompt, answer
     raise InputError(
         f"{file.path}:{row.line}: no templates were given, and the fields "
-        f"{', '.join(list(row.fields)[:20])} are none of the known ones",
+        f"{', '.join(map(as_text, list(row.fields)[:20]))} are none of the known ones",
         hint='say what to read, e.g. corpus.prompt="{question}\\n" and corpus.answer="{answer}"',
     )
 

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 
 _METHODS = "goldcrest.kernels.weight_only"
 GROUP_SIZES = (-1, 32, 64, 128, 256, 512, 1024)
+GPTQ_BITS = (2, 3, 4, 8)  # gptq_layout.BITS, here without torch
 Layout = Literal["gptq", "awq"]
 
 
@@ -137,6 +138,14 @@ class Int4Config(Config):
             raise ValueError(f"group sizes are {known}; not {', '.join(map(str, unknown))}")
         return sizes
 
+    @field_validator("group_sizes", "schemes", "exports")
+    @classmethod
+    def _once_each(cls, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        twice = sorted({str(each) for each in given if given.count(each) > 1})
+        if twice:
+            raise ValueError(f"{', '.join(twice)} given twice: name each once")
+        return given
+
     @model_validator(mode="after")
     def _exportable(self) -> Self:
         if self.exports and self.scale_dtype != "float16":
@@ -146,10 +155,19 @@ class Int4Config(Config):
             )
         if "awq" in self.exports and (self.bits != 4 or self.ragged):
             raise ValueError("the awq layout holds 4 bits and groups of one size")
+        if "gptq" in self.exports and self.bits not in GPTQ_BITS:
+            known = ", ".join(map(str, GPTQ_BITS))
+            raise ValueError(f"the gptq layout holds {known} bits, not {self.bits}")
+        ordered = self.methods.get("gptq", {})
+        if "awq" in self.exports and ordered.get("act_order") and not ordered.get("static_groups"):
+            raise ValueError(
+                "the awq layout holds groups of neighbours: with gptq.act_order set "
+                "gptq.static_groups too"
+            )
         return self
 
 
-@task(cpus=0, timeout="7d", version=3)
+@task(cpus=0, timeout="7d", version=4)
 def quantize_int4(
     cfg: Int4Config, model: Artifact, tokens: Artifact, calibration: Artifact | None, out: Output
 ) -> None:
@@ -196,7 +214,7 @@ def quantize_int4(
         "base_sha256": model.manifest["files"]["model.safetensors"]["sha256"],
         "training": {"weights": found.recipe.name},
     }
-    int4_report.export(cfg, material, tensors, result["description"], out)
+    int4_report.export(cfg, material, tensors, out)
     write_bundle(
         out,
         name="int4",
@@ -330,6 +348,7 @@ def check_layers(cfg: Int4Config, model: PreTrainedModel) -> tuple[frozenset[str
     """
     from goldcrest.kernels.language.stacks import check_compressible
     from goldcrest.kernels.weight_only.grid import GridSettings
+    from goldcrest.kernels.weight_only.loaders import check_loadable
     from goldcrest.kernels.weight_only.transformer import check_groups, layers_at
 
     try:
@@ -340,6 +359,11 @@ def check_layers(cfg: Int4Config, model: PreTrainedModel) -> tuple[frozenset[str
         spared = layers_at(model, cfg.high_precision)
     except ValueError as error:
         raise InputError(f"high_precision: {error}") from error
+    try:
+        for layout in cfg.exports:
+            check_loadable(model, layout, cfg.bits, spared)
+    except ValueError as error:
+        raise InputError(f"exports: {error}", hint=f"leave {layout} out of exports") from error
     skipped = {}
     for size in cfg.group_sizes:
         try:

@@ -200,7 +200,7 @@ def level_name(sparsity: float) -> str:
     return f"sparse_{round(100 * sparsity)}"
 
 
-@task(cpus=0, timeout="7d", version=4)
+@task(cpus=0, timeout="7d", version=5)
 def sparse_finetune_text(
     cfg: SparseTextConfig,
     dense: Artifact,

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -159,8 +160,37 @@ def test_parquet_text_that_is_not_utf8(tmp_path: Path) -> None:
     text = pa.StringArray.from_buffers(3, raw.buffers()[1], raw.buffers()[2])
     pq.write_table(pa.table({"text": text}), tmp_path / "rows.parquet")
     found = rows(tmp_path / "rows.parquet")
-    assert [row.fields.get("text") for row in found] == ["fine", None, "good"]
-    assert "UTF-8" in found[1].problem
+    assert [found[n].fields["text"] for n in (0, 2)] == ["fine", "good"]
+    with pytest.raises(FieldError, match="field 'text' can't be read: not valid UTF-8"):
+        Template("{text}").render(found[1].fields, ())
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (2**62, pa.timestamp("us")),
+        (2**30, pa.date32()),
+        (2**62, pa.duration("s")),
+        (1, pa.timestamp("ns", tz="Foo/Bar")),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("saved", [False, True])
+def test_values_that_python_has_none_for_cost_only_who_reads_them(
+    tmp_path: Path, value: int, kind: pa.DataType, saved: bool
+) -> None:
+    when = pa.StructArray.from_arrays([pa.array([None, value], kind)], ["at"])
+    table = pa.table({"text": ["one", "two"], "when": when})
+    if saved:
+        datasets.Dataset(table).save_to_disk(tmp_path / "rows")
+        found = rows(tmp_path / "rows")
+    else:
+        pq.write_table(table, tmp_path / "rows.parquet")
+        found = rows(tmp_path / "rows.parquet")
+    assert [Template("{text}").render(row.fields, ()) for row in found] == ["one", "two"]
+    for template in ("{when.at}", "{when}"):
+        with pytest.raises(FieldError, match="field 'when' can't be read: no struct"):
+            Template(template).render(found[1].fields, ())
 
 
 @pytest.mark.parametrize(

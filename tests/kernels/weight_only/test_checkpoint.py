@@ -1,8 +1,12 @@
-"""Whole models in the layouts of other runtimes, read back by code of this test and by our own."""
+"""Whole models in the layouts of other runtimes, read back by code of this test and by our own.
+
+That loaders of the AWQ layout take a folder whole is in `test_awq_loading.py`.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -18,9 +22,11 @@ from goldcrest.kernels.weight_only.checkpoint import (
     to_checkpoint,
 )
 from goldcrest.kernels.weight_only.grid import GridSettings
+from goldcrest.kernels.weight_only.loaders import check_loadable
 from goldcrest.kernels.weight_only.transformer import Options, quantize, quantized_layers
 from tests.kernels.language import tiny_models
 
+BLOCK = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 HALF = {"group_size": 16, "scale_dtype": "float16"}
 
 
@@ -63,8 +69,8 @@ def test_round_trip_and_a_foreign_reader(layout: Any, method: str, scheme: str) 
     """Through a safetensors file; every weight equals what the model computed with, exactly."""
     model = quantized(method, scheme=scheme)
     layers = quantized_layers(model)
-    kept = ["transformer.h.1.attn.c_attn", "transformer.h.1.mlp.c_fc"]
-    tensors, config = to_checkpoint(dict(model.state_dict()), layout, kept)
+    kept = {f"transformer.h.1.{each}" for each in BLOCK}
+    tensors, config = to_checkpoint(dict(model.state_dict()), layout, tiny_models.gpt2())
     tensors = load(save({n: t.clone().contiguous() for n, t in tensors.items()}))
     config = json.loads(json.dumps(config))
     assert config["quant_method"] == layout
@@ -72,7 +78,10 @@ def test_round_trip_and_a_foreign_reader(layout: Any, method: str, scheme: str) 
     assert config["group_size"] == 16
     if layout == "gptq":
         assert config["sym"] == (scheme == "sym_gptq")
-        assert len(config["dynamic"]) == 2
+        # GPTQModel refuses "gptq" of asymmetric grids.
+        assert config["checkpoint_format"] == ("gptq" if config["sym"] else "gptq_v2")
+        assert {re.sub(r"[-:^$\\]", "", each) for each in config["dynamic"]} == kept
+        assert set(config["modules_in_block_to_quantize"][0]) == set(layers)
     else:
         assert config["zero_point"] == (scheme == "asym")
         assert set(kept) < set(config["modules_to_not_convert"])
@@ -94,11 +103,61 @@ def test_what_a_layout_cannot_hold_is_told_with_the_layer() -> None:
     state = dict(quantized().state_dict())
     with pytest.raises(ValueError, match=r"'transformer\.h\.0\.attn\.c_attn' does not fit the AWQ"):
         scaled = {**state, "transformer.h.0.attn.c_attn.input_scales": torch.ones(32)}
-        to_checkpoint(scaled, "awq")
+        to_checkpoint(scaled, "awq", tiny_models.gpt2())
     with pytest.raises(ValueError, match="no layer of the model is quantized"):
-        to_checkpoint({"a": torch.ones(2)}, "gptq")
+        to_checkpoint({"a": torch.ones(2)}, "gptq", tiny_models.gpt2())
     with pytest.raises(ValueError, match="quant_method is 'gguf'"):
         from_checkpoint({}, {"quant_method": "gguf"})
+
+
+def test_configs_of_older_writers_are_read() -> None:
+    """Without `checkpoint_format` it is "gptq"; without layers left float none are named."""
+    torch.manual_seed(0)
+    model = tiny_models.llama().eval()
+    bare = tiny_models.llama()
+    given = [tiny_models.batch("llama", seed=0)]
+    quantize(model, given, method="rtn", grid=GridSettings(**HALF, scheme="sym"))
+    tensors, config = to_checkpoint(dict(model.state_dict()), "gptq", bare)
+    assert not {"dynamic", "modules_in_block_to_quantize"} & set(config)
+    assert config.pop("checkpoint_format") == "gptq"
+    weights, _ = from_checkpoint(tensors, config)
+    for name, layer in quantized_layers(model).items():
+        assert torch.equal(weights[name].decode(), layer.quantized().decode())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "layout", "bits", "said"),
+    [
+        ("gpt2", "awq", 4, r"'transformer\.h\.0\.attn\.c_attn' is a Conv1D"),
+        ("t5", "awq", 4, r"asks for the float weight of '.*\.wo'"),
+        ("t5", "gptq", 4, r"asks for the float weight of '.*\.wo'"),
+        ("llama", "gptq", 5, "knows 2, 3, 4 and 8 bits, not 5"),
+        (
+            "llama",
+            "gptq",
+            2,
+            "'model.layers.0.self_attn.q_proj' does not fit the gptq layout: 12 x",
+        ),
+        ("llama", "awq", 4, "takes outputs by eights, not 12"),
+    ],
+)
+def test_models_that_no_loader_takes_are_refused(
+    architecture: str, layout: Any, bits: int, said: str
+) -> None:
+    sizes = {"head_dim": 3} if architecture == "llama" else {}
+    with torch.device("meta"):
+        model = tiny_models.MODELS[architecture](**sizes)
+    with pytest.raises(ValueError, match=said):
+        check_loadable(model, layout, bits, [])
+    every = [n for n, each in model.named_modules() if not list(each.children())]
+    check_loadable(model, layout, bits, every)
+
+
+def test_models_that_loaders_take_pass() -> None:
+    for name in ("llama", "opt", "mpt", "bert"):
+        for layout in ("gptq", "awq"):
+            check_loadable(tiny_models.MODELS[name](), layout, 4, [])  # type: ignore[arg-type]
+    check_loadable(tiny_models.gpt2(), "gptq", 4, [])
 
 
 def test_bytes_of_the_quantized_weights() -> None:

@@ -193,6 +193,9 @@ def test_unknown_fields_without_templates(tmp_path: Path, run_task: RunTask) -> 
     path = jsonl(tmp_path / "all.jsonl", [{"x": "1", "y": "2"}])
     with pytest.raises(InputError, match="x, y are none of the known"):
         run_task(prepare_text, TextConfig(paths=(str(path),)))
+    path = jsonl(tmp_path / "half.jsonl", [{"\ud800": "1", "y": "2"}])
+    with pytest.raises(InputError, match=r"\\ud800, y are none of the known"):
+        run_task(prepare_text, TextConfig(paths=(str(path),)))
     path = jsonl(tmp_path / "known.jsonl", [{"question": "1", "answer": "2"}] * 2)
     corpus = run_task(prepare_text, TextConfig(paths=(str(path),)))
     assert [(e.prompt, e.answer) for e in examples(corpus, "train")] == [("1\n", "2")] * 2

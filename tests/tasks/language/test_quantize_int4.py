@@ -335,6 +335,19 @@ def test_exports_are_the_model_that_was_found(
     assert any("layers" in each and "up_proj" in each for each in named)
 
 
+def test_an_export_that_no_loader_takes_is_refused_before_any_trial(
+    run: Run, rows: Artifact, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    conv = bundle(tmp_path / "conv", tiny_models.gpt2(n_layer=1).eval())
+    cfg = {"methods": {"rtn": {}}, "group_sizes": [32], "scale_dtype": "float16"}
+    with pytest.raises(
+        InputError, match=r"exports: .* 'transformer\.h\.0\.attn\.c_attn' is a Conv1D"
+    ):
+        run({**cfg, "exports": ["gptq", "awq"]}, conv, rows)
+    assert not list((tmp_path / "out-1").iterdir())
+
+
 @pytest.mark.parametrize(("architecture", "family"), [("t5", "seq2seq"), ("bert", "masked")])
 def test_encoder_decoders_and_encoders(
     architecture: str, family: str, run: Run, tmp_path: Path
@@ -541,6 +554,18 @@ def test_a_recipe_that_is_refused_is_a_trial_that_failed(
         ({"schemes": ["symmetric"]}, "asym"),
         ({"exports": ["gptq"]}, "set scale_dtype to float16"),
         ({"exports": ["awq"], "scale_dtype": "float16", "bits": 3}, "the awq layout holds 4 bits"),
+        ({"exports": ["gptq"], "scale_dtype": "float16", "bits": 5}, "2, 3, 4, 8 bits, not 5"),
+        (
+            {
+                "exports": ["awq"],
+                "scale_dtype": "float16",
+                "methods": {"gptq": {"act_order": True}},
+            },
+            "set gptq.static_groups too",
+        ),
+        ({"exports": ["awq", "awq"], "scale_dtype": "float16"}, "awq given twice"),
+        ({"group_sizes": [64, 32, 64]}, "64 given twice: name each once"),
+        ({"schemes": ["sym", "sym"]}, "sym given twice"),
         ({"tolerance": -0.1}, "greater than or equal to 0"),
         ({"max_trials": 0}, "greater than or equal to 1"),
     ],
