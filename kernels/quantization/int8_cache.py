@@ -21,7 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, EncoderDecoderCache
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
+)
 
 _FIRST_CAPACITY = 64
 """Tokens that storage has room for when the first come."""
@@ -106,6 +112,26 @@ class Int8CacheLayer(DynamicLayer):
         self.keys, self.values = stored[0][:, :, :length], stored[1][:, :, :length]
 
 
+class Int8SlidingCacheLayer(DynamicSlidingWindowLayer):
+    """A layer's past as far as its window reaches back, (B, H, T, D) int8.
+
+    The window is transformers' own code, which concatenates: what is copied for a new token is no
+    more than the window.
+    """
+
+    def __init__(self, key_scale: Tensor, value_scale: Tensor, sliding_window: int) -> None:
+        """Steps (H, 1, D) of keys and of values; tokens that a query sees, itself included."""
+        super().__init__(sliding_window=sliding_window)
+        self.key_scale, self.value_scale = key_scale, value_scale
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append new tokens (B, H, T, D) float; gives the codes of all that they see, int8."""
+        keys = to_codes(key_states, self.key_scale)
+        return super().update(keys, to_codes(value_states, self.value_scale), *args, **kwargs)
+
+
 def _with_tokens(x: Tensor, tokens: int) -> tuple[int, int, int, int]:
     batch, heads, _, width = x.shape
     return batch, heads, tokens, width
@@ -123,7 +149,8 @@ def use_int8_cache(attention: nn.Module) -> RemovableHandle:
 def _prepare_cache(
     attention: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
 ) -> None:
-    cache = keywords.get("past_key_values")
+    given = (keywords.get(name) for name in ("past_key_values", "layer_past"))
+    cache = next((each for each in given if each is not None), None)
     if isinstance(cache, EncoderDecoderCache):
         readers = ("key_value_states", "encoder_hidden_states")
         crosses = any(keywords.get(name) is not None for name in readers)
@@ -131,17 +158,20 @@ def _prepare_cache(
     place = getattr(attention, "layer_idx", None)
     if isinstance(cache, Cache) and place is not None:
         grids: Any = attention.int8
-        layer = Int8CacheLayer(grids.key_scale, grids.value_scale)
-        _replace_empty_layer(cache, place, layer)
+        _replace_empty_layer(cache, place, grids.key_scale, grids.value_scale)
 
 
-def _replace_empty_layer(cache: Cache, place: int, layer: Int8CacheLayer) -> None:
+def _replace_empty_layer(cache: Cache, place: int, key_scale: Tensor, value_scale: Tensor) -> None:
     if cache.layer_class_to_replicate is not None:
         while len(cache.layers) <= place:
             cache.layers.append(cache.layer_class_to_replicate())
     now = cache.layers[place]
-    if type(now) is DynamicLayer and now.get_seq_length() == 0:
-        cache.layers[place] = layer
+    if now.get_seq_length() > 0:
+        return
+    if type(now) is DynamicLayer:
+        cache.layers[place] = Int8CacheLayer(key_scale, value_scale)
+    elif type(now) is DynamicSlidingWindowLayer:
+        cache.layers[place] = Int8SlidingCacheLayer(key_scale, value_scale, now.sliding_window)
 
 
 def cache_bytes(cache: Cache | EncoderDecoderCache) -> int:

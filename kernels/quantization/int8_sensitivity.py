@@ -75,7 +75,8 @@ def input_statistics(
         with observed({name: model.get_submodule(name) for name in inside}) as observers:
             see_block(step, masks, statistics.see)
         statistics.attentions.update(observers)
-    see_outside(model, outside_linears(model), batches, masks, statistics.see)
+    decoder = [mask.decoder for mask in masks]
+    see_outside(model, outside_linears(model), batches, decoder, statistics.see)
     return statistics
 
 

@@ -286,7 +286,7 @@ def _quantize_linears(
         for name, observer in observers.items():
             put_grids(modules[name], observer.grids(dynamic=dynamic))
     seen = _SeenInputs(wanted.outside, settings)
-    see_outside(model, wanted.outside, batches, masks, seen.see)
+    see_outside(model, wanted.outside, batches, [mask.decoder for mask in masks], seen.see)
     _put_linears(model, seen, settings)
 
 

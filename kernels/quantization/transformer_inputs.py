@@ -104,15 +104,18 @@ def see_outside(
     model: nn.Module,
     names: Sequence[str],
     batches: Sequence[Batch],
-    masks: Sequence[Masks],
+    masks: Sequence[Tensor | None],
     see: See,
 ) -> None:
-    """Run the whole model on every batch and show what the named layers outside blocks read."""
+    """Run the whole model on every batch and show what the named layers read.
+
+    `masks` are those of their inputs: of the decoder's tokens for layers outside of blocks.
+    """
     layers = {name: model.get_submodule(name) for name in names}
     for batch, mask in zip(batches, masks, strict=True):
 
-        def look(name: str, layer: nn.Module, x: Tensor, mask: Masks = mask) -> None:
-            see(name, layer, _real(x, mask.decoder))
+        def look(name: str, layer: nn.Module, x: Tensor, mask: Tensor | None = mask) -> None:
+            see(name, layer, _real(x, mask))
 
         with _inputs(layers, look), torch.no_grad():
             model(**batch)

@@ -13,13 +13,13 @@ floating point takes exactly, must leave the block's output bit by bit what it w
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from goldcrest.kernels.language.sequential import Batch, BlockStep, walk
-from goldcrest.kernels.language.stacks import LINEAR_TYPES, stacks
+from goldcrest.kernels.language.stacks import LINEAR_TYPES, block_linears, stacks
 from goldcrest.kernels.language.wiring import is_norm, shared_inputs
 from goldcrest.kernels.quantization.calibration import ChannelMax
 from goldcrest.kernels.quantization.smoothing import Consumed, Produced, Settings, rescale, smooth
@@ -58,7 +58,8 @@ def smooth_model(
             largest = _largest_inputs(step, masks, group[1])
             _smooth_group(model, group, largest, settings)
         done += groups
-    return done + _smooth_outside(model, batches, masks, settings)
+    smoothed = {layer for group in done for layer in group[1:]}
+    return done + _smooth_outside(model, batches, masks, settings, smoothed)
 
 
 def _largest_inputs(step: BlockStep, masks: Sequence[Masks], layer: str) -> Tensor:
@@ -74,11 +75,18 @@ def _largest_inputs(step: BlockStep, masks: Sequence[Masks], layer: str) -> Tens
 
 
 def _smooth_outside(
-    model: nn.Module, batches: Sequence[Batch], masks: Sequence[Masks], settings: Settings
+    model: nn.Module,
+    batches: Sequence[Batch],
+    masks: Sequence[Masks],
+    settings: Settings,
+    smoothed: Collection[str],
 ) -> list[list[str]]:
-    """The last norm and the head, and what else lies outside of the blocks."""
-    inside = [*outside_linears(model), *_norms_outside(model)]
-    members = nn.ModuleDict({str(place): model.get_submodule(n) for place, n in enumerate(inside)})
+    """What norms outside of the blocks feed: the head by the last norm, and by the encoder's last
+    one the keys and values of all cross attentions, a group over all blocks of the decoder.
+    """
+    inside = [each for each in block_linears(model) if each not in smoothed]
+    watched = [*outside_linears(model), *_norms_outside(model), *inside]
+    members = nn.ModuleDict({str(place): model.get_submodule(n) for place, n in enumerate(watched)})
 
     def run() -> Tensor:
         with torch.no_grad():
@@ -90,13 +98,15 @@ def _smooth_outside(
     for group in shared_inputs(members, run):
         if group.norm is None:
             continue
-        names = [inside[int(each)] for each in (group.norm, *group.layers)]
+        names = [watched[int(each)] for each in (group.norm, *group.layers)]
         largest = ChannelMax()
 
         def see(_: str, __: nn.Module, x: Tensor, largest: ChannelMax = largest) -> None:
             largest.observe(x)
 
-        see_outside(model, names[1:2], batches, masks, see)
+        # A block reads none but the encoder's states from outside.
+        read = [(mask.encoder if names[1] in inside else mask.decoder) for mask in masks]
+        see_outside(model, names[1:2], batches, read, see)
         _smooth_group(model, names, largest.largest(), settings)
         done.append(names)
     return done

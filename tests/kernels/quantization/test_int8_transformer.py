@@ -12,13 +12,26 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import BloomConfig, BloomForCausalLM, Gemma2Config, Gemma2ForCausalLM
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from goldcrest.kernels.language.architectures import settle
 from goldcrest.kernels.language.sequential import walk
 from goldcrest.kernels.language.stacks import LINEAR_TYPES, block_linears
-from goldcrest.kernels.quantization.int8_cache import Int8CacheLayer, cache_bytes
+from goldcrest.kernels.quantization.int8_cache import (
+    Int8CacheLayer,
+    Int8SlidingCacheLayer,
+    cache_bytes,
+)
 from goldcrest.kernels.quantization.int8_linear import Int8Embedding, Int8Linear
 from goldcrest.kernels.quantization.int8_sensitivity import mean_loss
 from goldcrest.kernels.quantization.int8_transformer import (
@@ -144,6 +157,40 @@ def test_generation_with_the_int8_cache_equals_generation_without(
         layers = cache.layers
     assert layers
     assert all(isinstance(layer, Int8CacheLayer) for layer in layers)
+
+
+def mistral() -> MistralForCausalLM:
+    """Queries see four tokens back, themselves included."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 4}
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    return MistralForCausalLM(MistralConfig(vocab_size=64, **sizes, **heads, **ends))
+
+
+def neox() -> GPTNeoXForCausalLM:
+    """Attention is called with `layer_past`, where others say `past_key_values`."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    return GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=64, num_attention_heads=4, **sizes, **ends))
+
+
+@pytest.mark.parametrize("make", [mistral, neox])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_pasts_of_other_kinds_are_int8_too(make: Any, beams: int) -> None:
+    """Windows that slide, on both sides of the first full one, and another name for the cache."""
+    torch.manual_seed(0)
+    model = make().eval()
+    dense = copy.deepcopy(model)
+    quantize(model, batches("llama"))
+    prompt = {name: x.flip(1) for name, x in tiny_models.batch("llama", length=3).items()}
+    rule = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "num_beams": beams}
+    made = model.generate(**prompt, **rule, return_dict_in_generate=True)
+    plain = model.generate(**prompt, **rule, use_cache=False)
+    assert torch.equal(made.sequences, plain)
+    kinds = (Int8CacheLayer, Int8SlidingCacheLayer)
+    assert all(isinstance(layer, kinds) for layer in made.past_key_values.layers)
+    floats = dense.generate(**prompt, **rule, return_dict_in_generate=True).past_key_values
+    assert cache_bytes(made.past_key_values) * 4 == cache_bytes(floats)
 
 
 def test_a_cache_that_is_given_is_used_and_takes_a_quarter() -> None:

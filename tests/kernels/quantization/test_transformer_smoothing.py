@@ -76,6 +76,46 @@ def test_query_key_and_value_share_a_scale() -> None:
     assert groups[-1] == ["model.norm", "lm_head"]
 
 
+CROSS = {
+    "t5": ("encoder.final_layer_norm", "decoder.block.{}.layer.1.EncDecAttention.{}", "k v"),
+    "whisper": (
+        "model.encoder.layer_norm",
+        "model.decoder.layers.{}.encoder_attn.{}",
+        "k_proj v_proj",
+    ),
+}
+
+
+@pytest.mark.parametrize("architecture", sorted(CROSS))
+def test_keys_and_values_of_cross_attention_share_the_encoders_scale(architecture: str) -> None:
+    """They read what the encoder's last norm gives, in every block of the decoder."""
+    norm, name, kinds = CROSS[architecture]
+    model, batch = outlying(architecture), tiny_models.batch(architecture)
+    groups = smooth_model(model, [batch], Settings())
+    (group,) = (each for each in groups if each[0] == norm)
+    assert group[1:] == [name.format(block, kind) for block in range(3) for kind in kinds.split()]
+    assert len([each for group in groups for each in group[1:]]) == len(
+        {each for group in groups for each in group[1:]}
+    )
+
+
+def test_padding_of_the_encoder_changes_no_scale_of_cross_attention() -> None:
+    """The decoder's tokens are fewer: its mask would not even fit."""
+    made = []
+    for padding in (0, 7):
+        batch = tiny_models.batch("t5")
+        real = batch["attention_mask"] == 1
+        batch["input_ids"] = torch.where(real, batch["input_ids"], padding)
+        batch["labels"] = batch["labels"][:, :5].contiguous()
+        model = outlying("t5")
+        with torch.no_grad():
+            model.shared.weight[7] *= 50  # and it is not small
+            model.shared.weight[7, 20] *= 50
+        smooth_model(model, [batch], Settings())
+        made.append(model.encoder.final_layer_norm.weight)
+    torch.testing.assert_close(*made)
+
+
 @pytest.mark.parametrize(
     ("architecture", "settings", "expected"),
     [
