@@ -71,9 +71,11 @@ class Settings:
     alpha: float = 0.5  # smoothing: share of a range that goes into the weights; Llama 0.8-0.85
     smooth_pairs: bool = False  # also from value to output, from up to down, where it is exact
     attention: bool = True  # both products of attention, and the cache
-    embedding: bool = True  # the embedding's rows
+    embedding: bool = True  # the embedding's rows; a table that is no plain look-up stays float
     head: bool = True  # what makes the logits
-    skip: int = 0  # operations that stay in floating point, the most harmful by `criterion`
+    # Operations that stay in floating point, the most harmful by `criterion`; both products of an
+    # attention are one operation (a Llama-2-7B has 257), so that its cache is of one kind.
+    skip: int = 0
     criterion: SkipBy = "kurtosis"  # what ranks them
     skip_names: tuple[str, ...] = ()  # operations to skip in any case, by module name
 
@@ -334,19 +336,38 @@ def _untie(model: PreTrainedModel) -> None:
 
 
 def _quantize_embedding(model: PreTrainedModel) -> list[dict[str, Any]]:
-    """Round the input embedding; every module that shares its table gets the same new one."""
+    """Round the input embedding; every module that shares its table gets the same new one.
+
+    Some libraries' tables multiply what they look up by a constant (BART, Gemma): it goes into the
+    steps of the rows. A table that does anything else stays float.
+    """
     weight: Any = model.get_input_embeddings().weight
-    names = [
-        name
+    sharing = {
+        name: module
         for name, module in model.named_modules(remove_duplicate=False)
-        if type(module) is nn.Embedding and module.weight is weight
-    ]
-    if not names:
-        return []  # an embedding of a kind of its own
+        if isinstance(module, nn.Embedding) and module.weight is weight
+    }
+    factors = {_factor(module) for module in sharing.values()}
+    factor = factors.pop() if len(factors) == 1 else None
+    if factor is None:
+        return []
     table = Int8Embedding.from_weight(weight)
-    for name in names:
+    table.scale *= factor
+    for name in sharing:
         model.set_submodule(name, table)
-    return [{"names": names, "shape": list(weight.shape)}]
+    return [{"names": list(sharing), "shape": list(weight.shape)}]
+
+
+def _factor(embedding: nn.Embedding) -> float | None:
+    """The constant that a table multiplies its rows by; None if it is no constant."""
+    if type(embedding) is nn.Embedding:
+        return 1.0
+    factor = float(getattr(embedding, "embed_scale", 1.0))  # the library's name for it
+    ids = torch.arange(min(64, embedding.num_embeddings), device=embedding.weight.device)
+    with torch.no_grad():
+        plain = nn.functional.embedding(ids, embedding.weight)
+        same = torch.allclose(embedding(ids), plain * factor, rtol=1e-6, atol=0.0)
+    return factor if same else None
 
 
 # --- storage --------------------------------------------------------------------------------

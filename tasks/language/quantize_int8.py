@@ -51,7 +51,7 @@ class QuantizeInt8Config(Config):
     )
 
 
-@task(cpus=1, timeout="2d", version=5)
+@task(cpus=1, timeout="2d", version=6)
 def quantize_int8(cfg: QuantizeInt8Config, model: Artifact, tokens: Artifact, out: Output) -> None:
     """Quantize a float bundle (dense or sparse), calibrated on `tokens`, to the bundle `int8`.
 

@@ -13,10 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BloomConfig,
     BloomForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GemmaConfig,
+    GemmaForCausalLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     MistralConfig,
@@ -122,6 +126,57 @@ def test_a_stored_model_is_the_same_model(architecture: str) -> None:
     assert tables == (architecture in ("llama", "opt", "t5", "whisper"))
     small = sum(each.numel() * each.element_size() for each in stored.values())
     assert small < sum(4 * each.numel() for each in made.dense.parameters()) * 0.7
+
+
+def bart() -> BartForConditionalGeneration:
+    """One table for encoder, decoder and head, whose rows are multiplied by sqrt(D)."""
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    widths = {"d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "scale_embedding": True}
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "decoder_start_token_id": 2}
+    return BartForConditionalGeneration(
+        BartConfig(vocab_size=64, max_position_embeddings=32, **heads, **widths, **layers, **ends)
+    )
+
+
+def gemma() -> GemmaForCausalLM:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    return GemmaForCausalLM(GemmaConfig(vocab_size=64, **sizes, **heads, **ends))
+
+
+@pytest.mark.parametrize(("make", "like"), [(bart, "t5"), (gemma, "llama")])
+def test_tables_that_multiply_their_rows_are_quantized_too(make: Any, like: str) -> None:
+    torch.manual_seed(0)
+    model = make().eval()
+    batch = tiny_models.batch(like)
+    expected = logits(model, batch)
+    description = quantize(model, [batch])
+    assert isinstance(model.get_input_embeddings(), Int8Embedding)
+    assert relative_error(logits(model, batch), expected) < 0.1
+    stored = {name: each.clone() for name, each in state(model, description).items()}
+    with torch.device("meta"):
+        again = make().eval()
+    install(again, description)
+    again.load_state_dict(stored, assign=True)
+    settle(again)
+    assert torch.equal(logits(again, batch), logits(model, batch))
+
+
+def test_a_table_of_a_kind_of_its_own_stays_float() -> None:
+    class Shifted(torch.nn.Embedding):
+        embed_scale = 2.0
+
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) * self.embed_scale + 1
+
+    model = float_model("gpt2")
+    weight = model.transformer.wte.weight
+    model.transformer.wte = Shifted(*weight.shape, _weight=weight.detach().clone())
+    description = quantize(model, batches("gpt2"))
+    assert description["embeddings"] == []
+    assert isinstance(model.transformer.wte, Shifted)
 
 
 def test_a_description_of_another_model_is_refused() -> None:
