@@ -166,11 +166,9 @@ def _replace_empty_layer(cache: Cache, place: int, key_scale: Tensor, value_scal
         while len(cache.layers) <= place:
             cache.layers.append(cache.layer_class_to_replicate())
     now = cache.layers[place]
-    if now.get_seq_length() > 0:
-        return
-    if type(now) is DynamicLayer:
+    if type(now) is DynamicLayer and now.get_seq_length() == 0:
         cache.layers[place] = Int8CacheLayer(key_scale, value_scale)
-    elif type(now) is DynamicSlidingWindowLayer:
+    elif type(now) is DynamicSlidingWindowLayer and now.get_seq_length() == 0:
         cache.layers[place] = Int8SlidingCacheLayer(key_scale, value_scale, now.sliding_window)
 
 
