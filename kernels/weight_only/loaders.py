@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from goldcrest.kernels.language.stacks import LINEAR_TYPES, stacks
+from goldcrest.kernels.language.stacks import LINEAR_TYPES, block_linears
 from goldcrest.kernels.weight_only.gptq_layout import check_size
 
 Layout = Literal["gptq", "awq"]
@@ -44,12 +44,11 @@ def check_loadable(model: nn.Module, layout: Layout, bits: int, spared: Collecti
 
     `model` is the float one, which may lie on "meta"; `spared` are the layers that stay float.
     """
-    names = [name for stack in stacks(model) for block in stack.blocks for name in block.linears()]
-    for name in names:
-        layer = model.get_submodule(name)
-        parent = type(model.get_submodule(name.rpartition(".")[0])).__name__
+    for name in block_linears(model):
         if name in spared:
             continue
+        layer = model.get_submodule(name)
+        parent = type(model.get_submodule(name.rpartition(".")[0])).__name__
         if layout == "awq" and isinstance(layer, Conv1D):
             raise ValueError(
                 f"loaders of the awq layout replace linear layers; '{name}' is a Conv1D"
@@ -68,7 +67,7 @@ def check_loadable(model: nn.Module, layout: Layout, bits: int, spared: Collecti
 def float_linears(model: nn.Module, quantized: Collection[str], *, blocks: bool) -> list[str]:
     """Linear layers that are not quantized: of the blocks alone, or of the whole model."""
     if blocks:
-        names = [each for s in stacks(model) for block in s.blocks for each in block.linears()]
+        names = block_linears(model)
     else:
         names = [n for n, module in model.named_modules() if isinstance(module, LINEAR_TYPES)]
     return sorted(set(names) - set(quantized))

@@ -112,7 +112,9 @@ class Int4Config(Config):
         description="precision that inputs are multiplied in on a CPU; float32 decodes slower",
     )
     exports: tuple[Layout, ...] = Field(
-        (), description="also write the model in these layouts of other runtimes, e.g. gptq"
+        (),
+        description="also write the model in these layouts of other runtimes, e.g. gptq; with "
+        "schemes: [sym] most of them take it, asymmetric grids are written as gptq_v2",
     )
     batch_tokens: int = Field(
         4096,
