@@ -145,6 +145,53 @@ def test_the_variants_are_there() -> None:
     assert any(name.startswith("paper-") for name in names)
 
 
+# Kurtic et al., section 4: (epochs, learning rate) by percent of zeros.
+GRADUAL = (50, 67, 75, 80, 83, 86, 88, 90)
+GSM8K = {40: (2, 3e-5), 50: (2, 3e-5), 60: (2, 1e-4), 70: (4, 8e-5), 80: (4, 1e-4)}
+STUDY: dict[str, dict[str, Any]] = {
+    "paper-t5-wmt14": {
+        "levels": dict.fromkeys(GRADUAL, (3, 2e-3)), "batch": 128, "warmup": 300, "decay": 1e-4,
+        "rows": 512, "damping": 1.0, "weights": (1.0, 1.0), "precision": "fp32",
+    },
+    "paper-whisper-hindi": {
+        "levels": dict.fromkeys(GRADUAL, (6, 2e-4)), "batch": 32, "warmup": 50, "decay": 1e-4,
+        "rows": 512, "damping": 1.0, "weights": (0.5, 1.0), "precision": "fp32",
+    },
+    "paper-mpt-gsm8k": {
+        "levels": GSM8K, "batch": 32, "warmup": 20, "decay": 0.0,
+        "rows": 128, "damping": 0.01, "weights": (1.0, 1.0), "precision": "bf16",
+    },
+    "paper-llama2-gsm8k": {
+        "levels": GSM8K, "batch": 32, "warmup": 20, "decay": 0.0,
+        "rows": 128, "damping": 0.01, "weights": (1.0, 1.0), "precision": "bf16",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(STUDY))
+def test_the_studys_configs_have_the_studys_numbers(name: str) -> None:
+    cfg = load_config(language.Config, file=CONFIGS / "language" / f"{name}.yaml").sparse
+    study = STUDY[name]
+    assert cfg is not None
+    assert cfg.gradual == (tuple(study["levels"]) == GRADUAL)
+    assert tuple(round(100 * level) for level in cfg.levels) == tuple(study["levels"])
+    for level, (epochs, rate) in zip(cfg.levels, study["levels"].values(), strict=True):
+        step = cfg.step(level)
+        training = step.training
+        assert training is not None
+        assert (training.epochs, training.learning_rate) == (epochs, rate)
+        assert (training.batch_size, training.warmup_steps) == (study["batch"], study["warmup"])
+        assert (training.schedule, training.weight_decay) == ("linear", study["decay"])
+        assert (training.precision, training.clip_norm) == (study["precision"], None)
+        assert (step.method, step.distillation) == ("sparsegpt", "squarehead")
+        assert (step.calibration_rows, step.settings["damping"]) == (
+            study["rows"],
+            study["damping"],
+        )
+        assert (step.task_weight, step.distillation_settings["weight"]) == study["weights"]
+        assert step.settings["block"] == 128
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
