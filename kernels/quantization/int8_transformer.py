@@ -71,7 +71,7 @@ class Settings:
     alpha: float = 0.5  # smoothing: share of a range that goes into the weights; Llama 0.8-0.85
     smooth_pairs: bool = False  # also from value to output, from up to down, where it is exact
     attention: bool = True  # both products of attention, and the cache
-    embedding: bool = True  # the embedding's rows; a table that is no plain look-up stays float
+    embedding: bool = True  # its rows; a table that does more than look up and scale stays float
     head: bool = True  # what makes the logits
     # Operations that stay in floating point, the most harmful by `criterion`; both products of an
     # attention are one operation (a Llama-2-7B has 257), so that its cache is of one kind.

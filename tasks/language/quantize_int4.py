@@ -361,11 +361,11 @@ def check_layers(cfg: Int4Config, model: PreTrainedModel) -> tuple[frozenset[str
         spared = layers_at(model, cfg.high_precision)
     except ValueError as error:
         raise InputError(f"high_precision: {error}") from error
-    try:
-        for layout in cfg.exports:
+    for layout in cfg.exports:
+        try:
             check_loadable(model, layout, cfg.bits, spared)
-    except ValueError as error:
-        raise InputError(f"exports: {error}", hint=f"leave {layout} out of exports") from error
+        except ValueError as error:
+            raise InputError(f"exports: {error}", hint=f"leave {layout} out of exports") from error
     skipped = {}
     for size in cfg.group_sizes:
         try:

@@ -447,7 +447,7 @@ def test_the_colder_the_surer(temperature: float) -> None:
 
 
 def test_no_probability_leaves_the_likeliest_token(generators: dict[str, Generator]) -> None:
-    """top_p = 0, which OpenAI's API allows, is greedy whatever the temperature."""
+    """top_p = 0 is greedy, whatever the temperature."""
     chosen = GenerationSettings(max_new_tokens=9, temperature=2.0, top_p=0, seed=3)
     for generator in generators.values():
         assert generator.generate(PROMPTS, chosen) == generator.generate(PROMPTS, WAYS["greedy"])
