@@ -20,7 +20,7 @@ import stat
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -185,16 +185,22 @@ class Endpoint(ABC):
 
     async def _validation_problem(self, request: Request, error: Any) -> JSONResponse:
         """Every wrong field with its reason, never its value: that may be a secret, or huge."""
-        fields = [
-            {"field": ".".join(str(part) for part in each["loc"][1:])[:200], "message": each["msg"]}
-            for each in error.errors()[:20]
-        ]
+        fields = [_field_problem(each) for each in error.errors()[:20]]
         named = (f"{each['field']}: " if each["field"] else "" for each in fields)
         said = "; ".join(name + each["message"] for name, each in zip(named, fields, strict=True))
         first = fields[0]["field"] or None
         return problem(
             self.invalid_status, "invalid", said[:1000], request.scope, param=first, fields=fields
         )
+
+
+def _field_problem(error: Mapping[str, Any]) -> dict[str, str]:
+    """One of pydantic's errors; of a body that is no JSON the place is a byte, not a field."""
+    place = ".".join(str(part) for part in error["loc"][1:])
+    if error["type"] == "json_invalid":
+        reason = error.get("ctx", {}).get("error", error["msg"])
+        return {"field": "", "message": f"the body is not JSON: {reason} at byte {place}"}
+    return {"field": place[:200], "message": error["msg"]}
 
 
 class _Readiness:

@@ -255,10 +255,10 @@ def _count(prepared: Sequence[Prepared]) -> int:
 def _choices(
     prepared: Sequence[Prepared], choices: int
 ) -> list[tuple[Prepared, GenerationSettings]]:
-    """Every answer to be made, with a seed of its own."""
+    """Every answer to be made, with a seed of its own: prompts that are alike are sampled apart."""
     return [
-        (each, each.settings.model_copy(update={"seed": each.settings.seed + number}))
-        for each in prepared
+        (each, each.settings.model_copy(update={"seed": each.settings.seed + first + number}))
+        for first, each in zip(range(0, len(prepared) * choices, choices), prepared, strict=True)
         for number in range(choices)
     ]
 

@@ -17,6 +17,7 @@ Artifact:
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 _BYTES = 256
 _FACT_ROWS = 1000  # of the validation split, for bytes per token
 _START = "<|startoftranscript|>"  # Whisper's
+_PLAIN = threading.Lock()
 _NEVER = 1 << 62  # for `model_max_length`: the model's own limit is in the model's config
 
 
@@ -141,14 +143,16 @@ def encode_plain(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> li
     """Texts as tokens with offsets in characters, without special tokens.
 
     A text that spells a special token, such as `</s>`, is encoded as the letters that it is made
-    of: no row of a corpus may end a document or hide itself as padding.
+    of: no row of a corpus may end a document or hide itself as padding. Threads may share the
+    tokenizer here; whoever encodes special tokens with it meanwhile needs a copy.
     """
     backend = tokenizer.backend_tokenizer
-    before, backend.encode_special_tokens = backend.encode_special_tokens, True
-    try:
-        return list(backend.encode_batch(list(texts), add_special_tokens=False))
-    finally:
-        backend.encode_special_tokens = before
+    with _PLAIN:  # the flag is the tokenizer's, not the call's
+        before, backend.encode_special_tokens = backend.encode_special_tokens, True
+        try:
+            return list(backend.encode_batch(list(texts), add_special_tokens=False))
+        finally:
+            backend.encode_special_tokens = before
 
 
 def transcript_prefix(tokenizer: PreTrainedTokenizerFast) -> list[int]:

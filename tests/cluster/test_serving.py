@@ -483,6 +483,12 @@ def test_errors_have_the_fields_that_clients_of_openai_read(start: Start) -> Non
 
 def test_wrong_json_is_named_without_its_value(start: Start) -> None:
     toy = start()
+    broken = requests.post(
+        toy.url + "/json", data="{", headers={"content-type": "application/json"}, timeout=10
+    ).json()["error"]
+    assert broken["message"].startswith("the body is not JSON: Expecting property name")
+    assert broken["message"].endswith("at byte 1")
+    assert broken["param"] is None
     answer = requests.post(toy.url + "/json", json={"word": ["hunter2"]}, timeout=10)
     assert answer.status_code == 422
     error = answer.json()["error"]

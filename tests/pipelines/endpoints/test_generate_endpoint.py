@@ -217,6 +217,15 @@ def test_a_chat_has_as_much_room_as_there_is(text_server: TextClient) -> None:
     assert used["total_tokens"] == 200  # the model's context
 
 
+def test_prompts_that_are_alike_are_sampled_apart(text_server: TextClient) -> None:
+    body: Any = {"max_tokens": 20, "temperature": 1.0, "n": 2}
+    choices = text_server.complete(prompt=["Once"] * 2, seed=5, **body)["choices"]
+    texts = [each["text"] for each in sorted(choices, key=lambda each: each["index"])]
+    assert len(set(texts)) == 4
+    later = text_server.complete(prompt="Once", seed=7, **body)["choices"]
+    assert [each["text"] for each in later] == texts[2:]  # the place is added to the seed
+
+
 # ------------------------------------------------------------------------------------ streams
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,17 @@ def test_every_text_comes_back(folder: Path) -> None:
 
     check()
     assert made("</s>").input_ids == [made.eos_token_id]  # others still see special tokens
+
+
+def test_threads_that_share_a_tokenizer_see_no_special_tokens(folder: Path) -> None:
+    made = load_tokenizer(folder)
+
+    def encode(_: int) -> bool:
+        return made.eos_token_id in encode_plain(made, ["x</s>y" * 20])[0].ids
+
+    with ThreadPoolExecutor(4) as pool:
+        assert not any(pool.map(encode, range(4000)))
+    assert made("</s>").input_ids == [made.eos_token_id]
 
 
 def test_special_tokens_have_the_first_ids(folder: Path) -> None:
