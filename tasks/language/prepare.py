@@ -44,6 +44,8 @@ from goldcrest.tasks.language.splits import EvaluationRows, HoldOut, Item
 _TABLE_ROWS = 512
 _KEPT_REASONS = 100_000
 _NOTE_EVERY = 5_000  # rows
+_ODD_ROWS = 100  # without known fields at the begin of a file, before it is given up
+_HOW_TO_READ = 'say what to read, e.g. corpus.prompt="{question}\\n" and corpus.answer="{answer}"'
 _QUARANTINE = pa.schema([("file", pa.string()), ("line", pa.int64()), ("reason", pa.string())])
 # What is read where the config has no templates: the first line whose fields are all there.
 KNOWN_FIELDS = (
@@ -143,7 +145,7 @@ class TextConfig(Config):
         return self
 
 
-@task(cpus=1, retry_on=(OSError,), timeout="12h")
+@task(version=2, cpus=1, retry_on=(OSError,), timeout="12h")
 def prepare_text(cfg: TextConfig, out: Output) -> None:
     """Read, check and split the corpora (see the module docstring)."""
     files = _files_by_role(cfg)
@@ -280,6 +282,7 @@ class _Maker:
     def __init__(self, cfg: TextConfig, file: TextFile) -> None:
         self._cfg, self._file = cfg, file
         self._templates: tuple[Template, Template] | None = None
+        self._odd = 0  # rows without known fields, before the first that has some
         self.columns: list[str] | None = None
         if cfg.prompt is not None and cfg.answer is not None:
             self._templates = Template(cfg.prompt), Template(cfg.answer)
@@ -288,10 +291,25 @@ class _Maker:
             dotted = any(template.dotted for template in self._templates)
             self.columns = None if dotted else names
 
+    def _known(self, row: Row) -> tuple[Template, Template]:
+        """The templates whose fields the row has; after some odd rows the file is given up."""
+        for texts in KNOWN_FIELDS:
+            prompt, answer = map(Template, texts)
+            if all(name in row.fields for name in (*prompt.fields, *answer.fields)):
+                return prompt, answer
+        self._odd += 1
+        problem = (
+            f"no templates were given, and the fields "
+            f"{', '.join(map(as_text, list(row.fields)[:20]))} are none of the known ones"
+        )
+        if self._odd < _ODD_ROWS:
+            raise FieldError(problem)
+        raise InputError(f"{self._file.path}:{row.line}: {problem}", hint=_HOW_TO_READ)
+
     def items(self, row: Row) -> list[Item]:
         """The row's items; FieldError says why there is none."""
         if self._templates is None:
-            self._templates = _known_templates(self._file, row)
+            self._templates = self._known(row)
         cfg, (prompt_template, answer_template) = self._cfg, self._templates
         prompt = replaced(prompt_template.render(row.fields, cfg.join), cfg.replace_in_prompt)
         if prompt_template.fields:
@@ -303,21 +321,10 @@ class _Maker:
         for answer in answers:
             check_text("answer", answer, cfg.max_row_bytes)
         place = f"{self._file.name}:{row.line}"
+        same = not prompt_template.fields
         if len(answers) == 1:
-            return [Item(place, prompt, answers[0])]
-        return [Item(f"{place}#{which}", prompt, text) for which, text in enumerate(answers)]
-
-
-def _known_templates(file: TextFile, row: Row) -> tuple[Template, Template]:
-    for texts in KNOWN_FIELDS:
-        prompt, answer = map(Template, texts)
-        if all(name in row.fields for name in (*prompt.fields, *answer.fields)):
-            return prompt, answer
-    raise InputError(
-        f"{file.path}:{row.line}: no templates were given, and the fields "
-        f"{', '.join(map(as_text, list(row.fields)[:20]))} are none of the known ones",
-        hint='say what to read, e.g. corpus.prompt="{question}\\n" and corpus.answer="{answer}"',
-    )
+            return [Item(place, prompt, answers[0], same)]
+        return [Item(f"{place}#{which}", prompt, text, same) for which, text in enumerate(answers)]
 
 
 def _training_items(

@@ -77,7 +77,8 @@ def read_text(tokens: Artifact, tokenizer: Path, family: str, config: PreTrained
         special=tuple(found.all_special_ids),
         frames=window_frames(config) if family == "speech" else 0,
     )
-    for reader in (train, validation):
+    # The test rows too: what can't be evaluated in the end is not worth training for.
+    for reader in (train, validation, open_rows(rows_file(tokens, "test"), family)):
         check_lengths(reader, family, config)
         check_speech(reader, config)
     return text

@@ -26,16 +26,21 @@ _HELD_ROWS = 10_000  # of one prompt, kept in memory until its side is known
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A prompt with one of its answers, before the splits are made."""
+    """A prompt with one of its answers, before the splits are made.
+
+    `instruction`: the prompt is the same for every row, as an instruction is.
+    """
 
     id: str
     prompt: str
     answer: str
+    instruction: bool = False
 
     @property
     def key(self) -> bytes:
-        """What must be on one side: the prompt, or the text of an example without one."""
-        return hashlib.blake2b((self.prompt or self.answer).encode(), digest_size=16).digest()
+        """What must be on one side: the prompt, or the text where prompts tell nothing apart."""
+        told = self.answer if self.instruction else self.prompt or self.answer
+        return hashlib.blake2b(told.encode(), digest_size=16).digest()
 
 
 def place_of(key: bytes, seed: int) -> float:

@@ -16,6 +16,7 @@ from goldcrest.cluster.api import Artifact, InputError, StepError
 from goldcrest.cluster.artifact import Output
 from goldcrest.cluster.runtime import LocalRuntime
 from goldcrest.tasks.bundles import load_state
+from goldcrest.tasks.data.tokens import TokenReader, TokenRow, TokenWriter
 from goldcrest.tasks.language.bundle import (
     bundle_bytes,
     load_bundle,
@@ -482,6 +483,17 @@ def test_what_does_not_fit_together_is_refused(
     cfg = PretrainConfig(model={"settings": short}, training=FAST)
     with pytest.raises(InputError, match="positions for 8"):
         run_task(pretrain, cfg, tokenizer, tokens["causal"])
+    mixed = toys.tokens_artifact(tmp_path / "mixed")
+    longest = int(TokenReader(mixed.file("train.arrow")).lengths.max())
+    with TokenWriter(mixed.file("test.arrow")) as writer:  # the test rows alone are longer
+        prompt, answer = np.full(longest, 5, np.int32), np.full(1, 2, np.int32)
+        row = TokenRow(prompt, answer, np.zeros(0, np.int32))
+        writer.write(row, example=0, characters=1, size=1)
+    cfg = PretrainConfig(
+        model={"settings": {**toys.LLAMA, "max_position_embeddings": longest}}, training=FAST
+    )
+    with pytest.raises(InputError, match=f"positions for {longest}"):
+        run_task(pretrain, cfg, tokenizer, mixed)
     none = toys.tokens_artifact(tmp_path / "none", rows=0)
     with pytest.raises(StepError, match="no training rows"):
         run_task(sparse_finetune_text, sparse_config(), dense["causal"], none, None, None)

@@ -196,6 +196,10 @@ def test_unknown_fields_without_templates(tmp_path: Path, run_task: RunTask) -> 
     path = jsonl(tmp_path / "half.jsonl", [{"\ud800": "1", "y": "2"}])
     with pytest.raises(InputError, match=r"\\ud800, y are none of the known"):
         run_task(prepare_text, TextConfig(paths=(str(path),)))
+    path = jsonl(tmp_path / "many.jsonl", [{"x": "1"}] * 300)
+    with pytest.raises(InputError, match=r"many\.jsonl:100: no templates were given") as caught:
+        run_task(prepare_text, TextConfig(paths=(str(path),)))
+    assert "corpus.prompt" in str(caught.value.hint)
     path = jsonl(tmp_path / "known.jsonl", [{"question": "1", "answer": "2"}] * 2)
     corpus = run_task(prepare_text, TextConfig(paths=(str(path),)))
     assert [(e.prompt, e.answer) for e in examples(corpus, "train")] == [("1\n", "2")] * 2
@@ -319,3 +323,28 @@ def test_articles_are_documents(tmp_path: Path, run_task: RunTask) -> None:
     )
     found = [each.answer.split() for each in examples(corpus, "train")]
     assert found == [["=", "One", "=", "Text", "."], ["=", "Two", "=", "More", "."]]
+
+
+def test_an_odd_first_row_costs_that_row_alone(tmp_path: Path, run_task: RunTask) -> None:
+    rows: list[dict[str, Any]] = [{"id": 1}]
+    rows += [{"prompt": f"{number}?", "answer": f"{number}!"} for number in range(40)]
+    path = jsonl(tmp_path / "all.jsonl", rows)
+    corpus = run_task(prepare_text, TextConfig(paths=(str(path),)))
+    (reason,) = corpus.table("quarantine").to_pylist()
+    assert (reason["line"], "fields id are none of the known" in reason["reason"]) == (1, True)
+
+
+def test_an_instruction_does_not_put_all_rows_on_one_side(
+    tmp_path: Path, run_task: RunTask
+) -> None:
+    """The prompt is the same for every row: texts are held out, not prompts."""
+    rows = [{"text": f"Story {number}."} for number in range(200)]
+    cfg = config(
+        jsonl(tmp_path / "all.jsonl", rows + rows[:50]), prompt="Write a story:\n", answer="{text}"
+    )
+    corpus = run_task(prepare_text, cfg)
+    found = {split: {each.answer for each in examples(corpus, split)} for split in SPLITS}
+    assert all(0 < len(answers) < 200 for answers in found.values())
+    assert sum(map(len, found.values())) == len(set.union(*found.values())) == 200
+    test = examples(corpus, "test")
+    assert all(set(each.references) == {each.answer} for each in test)
