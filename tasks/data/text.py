@@ -3,7 +3,8 @@
 Files are found by their names' ends:
 
 * `.jsonl`            a JSON object per line
-* `.csv`, `.tsv`      a header, then rows; quoted fields may hold line breaks
+* `.csv`, `.tsv`      a header, then rows; fields of `.csv` may be quoted and hold line breaks, in
+                      `.tsv` a quote is a letter (as most corpora have it) unless asked for
 * `.txt`              plain text; every document is a row with the field `text`
 * `.parquet`          any columns; the others may also be gzipped: `.jsonl.gz`
 * a folder of such files, also in folders inside it; other files there are not looked at
@@ -40,6 +41,7 @@ from goldcrest.tasks.data.templates import Unreadable
 Role = Literal["train", "validation", "test"]
 ROLES: tuple[Role, ...] = ("train", "validation", "test")
 SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet", ".txt")
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _BATCH_ROWS = 64  # decoded at a time: a row may be large
 # What `datasets` raises for a streamed file whose content is wrong; what a connection raises, an
 # OSError, may pass.
@@ -151,16 +153,26 @@ def text_files(path: str, name: str) -> list[TextFile]:
 
 
 def read_rows(
-    file: TextFile, documents: DocumentConfig, limit: int, columns: Sequence[str] | None = None
+    file: TextFile,
+    documents: DocumentConfig,
+    limit: int,
+    columns: Sequence[str] | None = None,
+    *,
+    quoted: Sequence[str] = ("csv",),
 ) -> Iterator[Row]:
     """The rows of a file, in order; a line or a document over `limit` bytes is a bad row.
 
-    `columns` are the only fields that are wanted, where the format can leave out the others. Lines
-    count from 1, rows of Parquet files and datasets too. Raises InputError for a file that can't be
-    read (further).
+    `columns` are the only fields that are wanted, where the format can leave out the others;
+    `quoted` the kinds of tables ("csv", "tsv") whose fields may stand in double quotes. Lines count
+    from 1, rows of Parquet files and datasets too. Raises InputError for a file that can't be read
+    (further).
     """
     count = 0
-    for row in _READERS[file.kind](file, documents, limit, columns):
+    if file.kind in _DELIMITERS:
+        rows = _table(file, limit, quotes=file.kind.removeprefix(".") in quoted)
+    else:
+        rows = _READERS[file.kind](file, documents, limit, columns)
+    for row in rows:
         count += 1
         yield row
     if count == 0:
@@ -201,12 +213,17 @@ def _refuse_constant(name: str) -> NoReturn:
 _JSON = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
-def _csv(file: TextFile, _: DocumentConfig, limit: int, __: Sequence[str] | None) -> Iterator[Row]:
+def _table(file: TextFile, limit: int, *, quotes: bool) -> Iterator[Row]:
+    """Every line of the file is in a row that is given, also where a quote swallowed some."""
     # csv's own limit is one for the whole process: it is only ever raised.
     csv.field_size_limit(max(csv.field_size_limit(), limit))
     with Lines(file.path, limit) as lines:
-        delimiter = "\t" if _suffixes(file.path)[0] == ".tsv" else ","
-        reader = csv.reader(TextLines(lines), delimiter=delimiter, strict=True)
+        reader = csv.reader(
+            TextLines(lines),
+            delimiter=_DELIMITERS[file.kind],
+            quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE,
+            strict=True,
+        )
         header: list[str] | None = None
         while True:
             line = lines.number + 1
@@ -217,14 +234,23 @@ def _csv(file: TextFile, _: DocumentConfig, limit: int, __: Sequence[str] | None
             except (BadLine, csv.Error) as error:
                 if header is None:
                     raise InputError(f"{file.path}:{line}: no header of CSV: {error}") from error
-                yield Row(line, {}, str(error))
+                yield from _swallowed(line, lines.number, str(error))
                 continue
             if header is None:
                 header = _csv_header(values, file.path)
             elif len(values) == len(header):
                 yield Row(line, dict(zip(header, values, strict=True)))
             elif values:
-                yield Row(line, {}, f"{len(values)} columns, the header has {len(header)}")
+                problem = f"{len(values)} columns, the header has {len(header)}"
+                yield from _swallowed(line, lines.number, problem)
+
+
+def _swallowed(first: int, last: int, problem: str) -> Iterator[Row]:
+    """A bad row for each of the lines that were read as one."""
+    if last > first:
+        problem += f" (the quotes of line {first} reach to line {last})"
+    for line in range(first, max(first, last) + 1):
+        yield Row(line, {}, problem)
 
 
 def _csv_header(names: list[str], path: Path) -> list[str]:
@@ -307,8 +333,6 @@ def _dataset(
 
 _READERS = {
     ".jsonl": _jsonl,
-    ".csv": _csv,
-    ".tsv": _csv,
     ".parquet": _parquet,
     ".txt": _plain,
     "dataset": _dataset,

@@ -14,7 +14,7 @@ Artifact (see tasks/language/examples.py and splits.py):
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import pyarrow as pa
 from pydantic import Field, model_validator
@@ -105,6 +105,9 @@ class TextConfig(Config):
     )
     documents: DocumentConfig = Field(
         DocumentConfig(), description="where documents of plain text files begin and end"
+    )
+    quoted: tuple[Literal["csv", "tsv"], ...] = Field(
+        ("csv",), description="tables whose fields may be in double quotes; elsewhere, as letters"
     )
     embedded: EmbeddedTextConfig = Field(
         EmbeddedTextConfig(), description="the corpus written on the spot"
@@ -237,7 +240,10 @@ class _Rows:
             return
         for file in self.files[split]:
             maker = _Maker(self.cfg, file)
-            for row in read_rows(file, self.cfg.documents, self.cfg.max_row_bytes, maker.columns):
+            cfg = self.cfg
+            for row in read_rows(
+                file, cfg.documents, cfg.max_row_bytes, maker.columns, quoted=cfg.quoted
+            ):
                 yield from self._made(maker, file, row)
 
     def _made(self, maker: _Maker, file: TextFile, row: Row) -> Iterator[Item]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,21 @@ def test_what_is_written_as_csv_comes_back(written: list[tuple[str, str]], suffi
         delimiter = "," if suffix == ".csv" else "\t"
         writer = csv.writer(stream, delimiter=delimiter, quoting=csv.QUOTE_ALL)
         writer.writerows([("a", "b"), *written])
-    assert good(path) == [{"a": a, "b": b} for a, b in written]
+    (file,) = text_files(str(path), "corpus")
+    found = list(read_rows(file, DocumentConfig(), LIMIT, quoted=("csv", "tsv")))
+    assert [row.fields for row in found] == [{"a": a, "b": b} for a, b in written]
+    assert not any(row.problem for row in found)
+
+
+@given(st.lists(st.tuples(texts, texts), min_size=1))
+@few
+def test_a_quote_in_a_tsv_is_a_letter(written: list[tuple[str, str]]) -> None:
+    """As in most corpora of the kind (GLUE, Tatoeba, Common Voice)."""
+    path = Path.cwd() / "rows.tsv"
+    cells = [[re.sub(r"[\t\r\n]", '"', text) for text in row] for row in written]
+    text = "".join(f"{a}\t{b}\n" for a, b in [("a", "b"), *cells])
+    path.write_text(text, encoding="utf-8", newline="")
+    assert good(path) == [{"a": a, "b": b} for a, b in cells]
 
 
 @given(st.lists(texts, min_size=1), st.integers(1, 5))
@@ -146,6 +161,17 @@ def test_an_open_quote_does_not_swallow_the_rest(tmp_path: Path) -> None:
     found = rows(path)
     assert found[0].problem
     assert found[-1].fields == {"a": "last"}
+
+
+@pytest.mark.parametrize("end", ["", 'closed" it\n', '",2,3\n'])
+def test_lines_that_a_quote_swallows_are_bad_rows(tmp_path: Path, end: str) -> None:
+    """All of them count: the run that loses more than it may ends."""
+    path = tmp_path / "rows.csv"
+    path.write_text('a,b\n1,2\n"open,2\n' + "3,4\n" * 100 + end)
+    found = rows(path)
+    assert found[0].fields == {"a": "1", "b": "2"}
+    assert [row.line for row in found if row.problem] == list(range(3, 104 + bool(end)))
+    assert "quotes of line 3 reach to line 10" in found[-1].problem
 
 
 @pytest.mark.parametrize("header", [b"a,a\n1,2\n", b"a,\n1,2\n", b"\xff\xfe,b\n"])
