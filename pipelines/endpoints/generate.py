@@ -363,6 +363,7 @@ def application(args: GenerateSettings | Mapping[str, Any]) -> serve.Application
             parallel=settings.parallel,
             max_batch=settings.max_batch,
             cpus=settings.cpus,
+            gpus=settings.gpus,
         ),
     )
 

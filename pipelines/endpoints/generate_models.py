@@ -27,13 +27,14 @@ from goldcrest.pipelines.endpoints.bundles import BundleChoice
 from goldcrest.pipelines.endpoints.generate_batches import Batches
 from goldcrest.pipelines.endpoints.generate_prompts import Prompt, PromptReader
 from goldcrest.tasks.data.audio import SAMPLE_RATE, AudioError, AudioLimits, decode
-from goldcrest.tasks.language.bundle import load_bundle, read_description
+from goldcrest.tasks.language.bundle import read_description
 from goldcrest.tasks.language.generation import (
     FinishReason,
     Generation,
     GenerationSettings,
     Generator,
 )
+from goldcrest.tasks.language.quality import load_on
 from goldcrest.tasks.language.transcription import Transcriber
 
 MAX_MODEL_BYTES = 256 << 30
@@ -133,9 +134,12 @@ def check_choice(choice: BundleChoice) -> None:
 class TextModels:
     """A replica with some loaded bundles; a deployment by `generate.application`."""
 
-    def __init__(self, *, max_context: int, parallel: int, max_batch: int, cpus: float) -> None:
+    def __init__(
+        self, *, max_context: int, parallel: int, max_batch: int, cpus: float, gpus: float = 0.0
+    ) -> None:
         limit_threads(cpus)
         self._max_context, self._max_batch = max_context, max_batch
+        self._device = "cuda" if gpus else "cpu"
         self._batches = Batches(places=parallel, max_batch=max_batch)
         self._warm: WeakValueDictionary[str, Loaded] = WeakValueDictionary()  # those that ran
 
@@ -245,7 +249,7 @@ class TextModels:
     @serve.multiplexed(max_num_models_per_replica=bundles.MOST_HELD)  # type: ignore[untyped-decorator]
     async def _model(self, model: str) -> Loaded:
         """Load a bundle; the id names the content, so a folder that changed is another model."""
-        return await asyncio.to_thread(_load, model, self._max_batch)
+        return await asyncio.to_thread(_load, model, self._max_batch, self._device)
 
 
 def _count(prepared: Sequence[Prepared]) -> int:
@@ -263,11 +267,12 @@ def _choices(
     ]
 
 
-def _load(model: str, max_batch: int) -> Loaded:
+def _load(model: str, max_batch: int, device: str) -> Loaded:
+    """The bundle on the device, where it can compute there (INT8 is the CPU's)."""
     folder = bundles.folder_of(model)
     if model_id(folder) != model:
         raise InputError(f"the bundle {folder} has changed since it was taken into service")
-    bundle = load_bundle(folder)
+    bundle = load_on(folder, device)
     if bundle.facts["family"] == "speech":
         return Loaded(Transcriber(bundle, batch_size=max_batch), None)
     generator = Generator(bundle, batch_size=max_batch)

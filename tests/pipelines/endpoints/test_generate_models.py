@@ -22,6 +22,7 @@ from goldcrest.pipelines.endpoints.generate_models import (
 )
 from goldcrest.pipelines.endpoints.generate_prompts import PromptReader
 from goldcrest.pipelines.endpoints.generate_requests import CompletionRequest
+from goldcrest.tasks.language import quality
 from goldcrest.tasks.language.generation import GenerationSettings, Generator
 from tests.pipelines.text_server import make_speech_bundle, make_text_bundle
 from tests.tasks.language.writing_models import tiny_bundle
@@ -46,6 +47,24 @@ def test_a_batch_of_the_replica_is_one_of_the_model(
     model = model_id(make(tmp_path / "bundle"))
     loaded: Loaded = asyncio.run(replica._model(model))
     assert loaded.generator.batch_size == 64
+
+
+@pytest.mark.parametrize(("gpus", "device"), [(0.0, "cpu"), (0.5, "cuda")])
+def test_a_replica_with_a_gpu_computes_there(
+    replica: TextModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: float, device: str
+) -> None:
+    """What the replica asks for; the device "meta" stands for one that this machine lacks."""
+    asked: list[str] = []
+
+    def load_on(folder: Path, device: str) -> Any:
+        asked.append(device)
+        return quality.load_on(folder, "meta")
+
+    monkeypatch.setattr(generate_models, "load_on", load_on)
+    replica = TextModels(max_context=100, parallel=1, max_batch=64, cpus=1, gpus=gpus)
+    loaded: Loaded = asyncio.run(replica._model(model_id(make_text_bundle(tmp_path / "bundle"))))
+    assert asked == [device]
+    assert loaded.generator.model.device.type == "meta"
 
 
 def test_an_encoder_decoder_refuses_what_has_no_positions(replica: TextModels) -> None:
