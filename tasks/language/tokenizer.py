@@ -258,6 +258,10 @@ def _load(cfg: TokenizerConfig) -> PreTrainedTokenizerFast:
         raise InputError(f"no tokenizer can be loaded from {place}: {error}") from error
     if not isinstance(loaded, PreTrainedTokenizerFast):
         raise InputError(f"{cfg.path or cfg.hub} has no fast tokenizer (tokenizer.json)")
+    if loaded.eos_token is None and loaded.sep_token is not None:
+        # BERT's kind: [CLS] begins a text, [SEP] ends it.
+        loaded.eos_token = loaded.sep_token
+        loaded.bos_token = loaded.bos_token or loaded.cls_token
     if loaded.eos_token is None:
         raise InputError(
             f"the tokenizer of {cfg.path or cfg.hub} has no token that ends a text (eos)",

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import string
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
 
 from goldcrest.cluster.api import Artifact, InputError
+from goldcrest.tasks.data.tokens import TokenReader
+from goldcrest.tasks.language.bundle import load_bundle
 from goldcrest.tasks.language.prepare import TextConfig, prepare_text
+from goldcrest.tasks.language.pretrain import PretrainConfig, pretrain
 from goldcrest.tasks.language.tokenizer import (
     TokenizerConfig,
     encode_plain,
@@ -22,6 +28,7 @@ from goldcrest.tasks.language.tokenizer import (
     tokenizer,
     tokenizer_folder,
 )
+from goldcrest.tasks.language.tokens import TokensConfig, tokens
 
 RunTask = Callable[..., Artifact]
 any_text = st.text(st.characters(blacklist_categories=["Cs"]), max_size=80)
@@ -131,6 +138,40 @@ def test_without_padding_its_eos_is_taken_and_without_eos_it_is_refused(
     edit(folder, "tokenizer_config.json", eos_token=None)
     with pytest.raises(InputError, match="eos"):
         run_task(tokenizer, cfg, corpus)
+
+
+@pytest.fixture
+def bert(tmp_path: Path) -> Path:
+    """A tiny BERT as the library saves one: its tokenizer has [CLS] and [SEP], no bos and eos."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words += [mark + letter for mark in ("", "##") for letter in string.ascii_lowercase]
+    folder = tmp_path / "bert"
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast.from_pretrained(folder).save_pretrained(folder)
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=len(words), intermediate_size=32, **shape)
+    BertForMaskedLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_bert_is_loaded_with_its_tokenizer(
+    run_task: RunTask, corpus: Artifact, bert: Path
+) -> None:
+    """What ends a text is [SEP], what begins it [CLS]."""
+    given = run_task(tokenizer, TokenizerConfig(method="load", path=str(bert)), corpus)
+    made = load_tokenizer(tokenizer_folder(given))
+    assert (made.bos_token, made.eos_token, made.pad_token) == ("[CLS]", "[SEP]", "[PAD]")
+    rows = run_task(tokens, TokensConfig(family="masked", length=512, bos=True), corpus, given)
+    row = TokenReader(rows.file("train.arrow"))[0]
+    assert row.answer[0] == made.cls_token_id
+    assert made.sep_token_id in row.answer
+    taken = {"path": str(bert), "family": "masked"}
+    dense = run_task(pretrain, PretrainConfig(model=taken, training=None), given, None)
+    bundle = load_bundle(dense.path)
+    kept = BertForMaskedLM.from_pretrained(bert).state_dict()
+    assert all(torch.equal(kept[name], value) for name, value in bundle.model.state_dict().items())
+    assert bundle.tokenizer.eos_token == "[SEP]"
 
 
 def test_code_that_comes_with_a_tokenizer_is_not_run(
