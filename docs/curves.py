@@ -80,7 +80,7 @@ def main() -> None:
     ):
         draw(axes, title, curves, dense[title])
     figure.axes[0].legend(fontsize="small")
-    metadata = {"Description": json.dumps(panels), "Date": None}
+    metadata = {"Description": json.dumps({"curves": panels, "dense": dense}), "Date": None}
     figure.savefig(FOLDER / "sparsity.svg", metadata=metadata)
 
 

@@ -70,5 +70,5 @@ def test_the_picture_draws_these_figures() -> None:
     picture = ElementTree.parse(ROOT / "docs" / "sparsity.svg")
     described = picture.findtext(".//{http://purl.org/dc/elements/1.1/}description")
     assert described is not None
-    assert json.loads(described) == panels
+    assert json.loads(described) == {"curves": panels, "dense": dense}
     assert "(docs/sparsity.svg)" in (ROOT / "README.md").read_text("utf-8")

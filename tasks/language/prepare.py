@@ -245,6 +245,7 @@ class _Rows:
                 file, cfg.documents, cfg.max_row_bytes, maker.columns, quoted=cfg.quoted
             ):
                 yield from self._made(maker, file, row)
+            maker.finish()
 
     def _made(self, maker: _Maker, file: TextFile, row: Row) -> Iterator[Item]:
         self.total += 1
@@ -288,7 +289,7 @@ class _Maker:
     def __init__(self, cfg: TextConfig, file: TextFile) -> None:
         self._cfg, self._file = cfg, file
         self._templates: tuple[Template, Template] | None = None
-        self._odd = 0  # rows without known fields, before the first that has some
+        self._odd: list[str] = []  # rows without known fields, before the first that has some
         self.columns: list[str] | None = None
         if cfg.prompt is not None and cfg.answer is not None:
             self._templates = Template(cfg.prompt), Template(cfg.answer)
@@ -303,14 +304,19 @@ class _Maker:
             prompt, answer = map(Template, texts)
             if all(name in row.fields for name in (*prompt.fields, *answer.fields)):
                 return prompt, answer
-        self._odd += 1
         problem = (
             f"no templates were given, and the fields "
             f"{', '.join(map(as_text, list(row.fields)[:20]))} are none of the known ones"
         )
-        if self._odd < _ODD_ROWS:
-            raise FieldError(problem)
-        raise InputError(f"{self._file.path}:{row.line}: {problem}", hint=_HOW_TO_READ)
+        self._odd.append(f"{self._file.path}:{row.line}: {problem}")
+        if len(self._odd) == _ODD_ROWS:
+            self.finish()
+        raise FieldError(problem)
+
+    def finish(self) -> None:
+        """InputError if there were rows, and none had known fields; it names the first."""
+        if self._templates is None and self._odd:
+            raise InputError(self._odd[0], hint=_HOW_TO_READ)
 
     def items(self, row: Row) -> list[Item]:
         """The row's items; FieldError says why there is none."""

@@ -191,13 +191,15 @@ def test_nothing_to_train_on(tmp_path: Path, run_task: RunTask) -> None:
 
 def test_unknown_fields_without_templates(tmp_path: Path, run_task: RunTask) -> None:
     path = jsonl(tmp_path / "all.jsonl", [{"x": "1", "y": "2"}])
-    with pytest.raises(InputError, match="x, y are none of the known"):
+    with pytest.raises(InputError, match="x, y are none of the known") as caught:
         run_task(prepare_text, TextConfig(paths=(str(path),)))
+    assert "corpus.prompt" in str(caught.value.hint)
     path = jsonl(tmp_path / "half.jsonl", [{"\ud800": "1", "y": "2"}])
     with pytest.raises(InputError, match=r"\\ud800, y are none of the known"):
         run_task(prepare_text, TextConfig(paths=(str(path),)))
-    path = jsonl(tmp_path / "many.jsonl", [{"x": "1"}] * 300)
-    with pytest.raises(InputError, match=r"many\.jsonl:100: no templates were given") as caught:
+    # The file is given up before its end, and before the row that would fit.
+    path = jsonl(tmp_path / "many.jsonl", [*[{"x": "1"}] * 300, {"prompt": "1", "answer": "2"}])
+    with pytest.raises(InputError, match=r"many\.jsonl:1: no templates were given") as caught:
         run_task(prepare_text, TextConfig(paths=(str(path),)))
     assert "corpus.prompt" in str(caught.value.hint)
     path = jsonl(tmp_path / "known.jsonl", [{"question": "1", "answer": "2"}] * 2)
