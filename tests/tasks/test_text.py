@@ -13,7 +13,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from goldcrest.cluster.api import InputError
@@ -63,6 +63,7 @@ def test_what_is_written_as_csv_comes_back(written: list[tuple[str, str]], suffi
 
 
 @given(st.lists(st.tuples(texts, texts), min_size=1))
+@example([('"open', "one"), ('closed"', '"two"'), ('"', '""')])
 @few
 def test_a_quote_in_a_tsv_is_a_letter(written: list[tuple[str, str]]) -> None:
     """As in most corpora of the kind (GLUE, Tatoeba, Common Voice)."""

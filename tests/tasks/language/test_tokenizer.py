@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import string
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -60,15 +62,28 @@ def test_every_text_comes_back(folder: Path) -> None:
     assert made("</s>").input_ids == [made.eos_token_id]  # others still see special tokens
 
 
-def test_threads_that_share_a_tokenizer_see_no_special_tokens(folder: Path) -> None:
-    made = load_tokenizer(folder)
+class SlowBackend:
+    """Encodes nothing, slowly; `seen` holds the flag at the begin and the end of each call."""
 
-    def encode(_: int) -> bool:
-        return made.eos_token_id in encode_plain(made, ["x</s>y" * 20])[0].ids
+    def __init__(self) -> None:
+        self.encode_special_tokens = False
+        self.seen: list[bool] = []
 
+    def encode_batch(self, texts: list[str], **_: Any) -> list[Any]:
+        self.seen.append(self.encode_special_tokens)
+        time.sleep(0.01)
+        self.seen.append(self.encode_special_tokens)
+        return []
+
+
+def test_threads_that_share_a_tokenizer_see_no_special_tokens() -> None:
+    """None of them ends, with its own call, the others' reading of special tokens as letters."""
+    backend = SlowBackend()
+    shared: Any = SimpleNamespace(backend_tokenizer=backend)
     with ThreadPoolExecutor(4) as pool:
-        assert not any(pool.map(encode, range(4000)))
-    assert made("</s>").input_ids == [made.eos_token_id]
+        list(pool.map(lambda _: encode_plain(shared, ["</s>"]), range(12)))
+    assert backend.seen == [True] * 24
+    assert not backend.encode_special_tokens
 
 
 def test_special_tokens_have_the_first_ids(folder: Path) -> None:
