@@ -186,6 +186,16 @@ class Config(api.Config):
         return self
 
     @model_validator(mode="after")
+    def _metrics_are_of_answers(self) -> Self:
+        if self.pretrain.model.family == "masked" and self.evaluate.metrics:
+            raise ValueError(
+                f"evaluate.metrics are {', '.join(self.evaluate.metrics)}, but a model of family "
+                "masked does not write answers: set them to []; perplexity and bits per character "
+                "are measured"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _quantized_models_exist(self) -> Self:
         levels = () if self.sparse is None else self.sparse.levels
         known = ["dense", *(level_name(level) for level in levels)]

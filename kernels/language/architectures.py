@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import (
     CONFIG_MAPPING,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
@@ -33,6 +34,11 @@ _AUTO_CLASSES: dict[str, Any] = {
 }
 _WELL_KNOWN = ("llama", "gpt2", "mpt", "opt", "qwen2", "t5", "mt5", "bart", "bert", "whisper")
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
+_MISFITS = (
+    *(TypeError, ValueError, RuntimeError, AssertionError, ZeroDivisionError, KeyError),
+    *(AttributeError, IndexError),
+)
+"""What the library raises where sizes don't fit."""
 _LOADED = "_is_hf_initialized"  # the library's mark on what must not be drawn again
 _FROM_TOKENIZER = {
     *("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"),
@@ -153,14 +159,7 @@ def bare_model(config: PreTrainedConfig, family: str) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             return auto_class(family).from_config(config, trust_remote_code=False)
-    except (
-        TypeError,
-        ValueError,
-        RuntimeError,
-        AssertionError,
-        ZeroDivisionError,
-        KeyError,
-    ) as error:
+    except _MISFITS as error:
         raise ValueError(f"{config.model_type} of these sizes: {_one_line(error)}") from error
 
 
@@ -198,8 +197,38 @@ def longest_text(config: PreTrainedConfig) -> int | None:
     for name in _POSITIONS:
         value = getattr(config, name, None) if name in fields else None
         if isinstance(value, int):
-            return value
+            return value - first_position(config)
     return None
+
+
+def first_position(config: PreTrainedConfig) -> int:
+    """The position of a text's first token: 0, but RoBERTa and its kin count on from padding.
+
+    There the row of the padding token's id stands for padding in the table of positions, and those
+    before it for nothing (transformers, `create_position_ids_from_input_ids`).
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModel.from_config(config, trust_remote_code=False)
+    except _MISFITS:  # what can't be laid out is told of elsewhere
+        return 0
+    for name, module in model.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding is not None:
+            return int(padding) + 1
+    return 0
+
+
+def decoder_start(config: PreTrainedConfig) -> int:
+    """Id of the token that an encoder-decoder starts with; bos where none is named, as the library
+    has it. ValueError where there is neither.
+    """
+    text = config.get_text_config(decoder=True)
+    for name in ("decoder_start_token_id", "bos_token_id"):
+        for each in (config, text):
+            if isinstance(value := getattr(each, name, None), int):
+                return value
+    raise ValueError(f"the config of '{config.model_type}' names no decoder_start_token_id")
 
 
 def speech_window(config: PreTrainedConfig) -> tuple[int, int]:

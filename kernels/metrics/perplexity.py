@@ -77,8 +77,9 @@ def causal_sums(model: nn.Module, batch: Mapping[str, Tensor]) -> RowSums:
 
 @torch.no_grad()
 def seq2seq_sums(model: nn.Module, batch: Mapping[str, Tensor]) -> RowSums:
-    """`row_sums` of an encoder-decoder model, fed with the labels shifted right."""
-    return row_sums(model(**batch, use_cache=False).logits, batch["labels"])
+    """`row_sums` of an encoder-decoder model; the batch holds its `decoder_input_ids`."""
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    return row_sums(model(**inputs, use_cache=False).logits, batch["labels"])
 
 
 @torch.no_grad()

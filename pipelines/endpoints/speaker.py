@@ -413,6 +413,7 @@ def application(args: SpeakerSettings | Mapping[str, Any]) -> serve.Application:
             min_seconds=settings.min_seconds,
             max_batch=settings.max_batch,
             cpus=settings.cpus,
+            gpus=settings.gpus,
         ),
     )
 

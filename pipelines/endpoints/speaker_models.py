@@ -59,9 +59,16 @@ class SpeakerModels:
     """A replica with some loaded bundles; a deployment by `speaker.application`."""
 
     def __init__(
-        self, *, max_seconds: float, min_seconds: float, max_batch: int, cpus: float
+        self,
+        *,
+        max_seconds: float,
+        min_seconds: float,
+        max_batch: int,
+        cpus: float,
+        gpus: float = 0.0,
     ) -> None:
         limit_threads(cpus)
+        self._device = "cuda" if gpus else "cpu"
         self._limits = AudioLimits(max_seconds=max_seconds, min_seconds=min_seconds, max_channels=8)
         self._warm: WeakValueDictionary[str, SpeakerModel] = WeakValueDictionary()  # those that ran
         batched: Any = self._batched  # what `serve.batch` makes of it has settings
@@ -114,14 +121,15 @@ class SpeakerModels:
     @serve.multiplexed(max_num_models_per_replica=bundles.MOST_HELD)  # type: ignore[untyped-decorator]
     async def _model(self, model: str) -> SpeakerModel:
         """Load a bundle; the id names the content, so a folder that changed is another model."""
-        return await asyncio.to_thread(_load, model)
+        return await asyncio.to_thread(_load, model, self._device)
 
 
-def _load(model: str) -> SpeakerModel:
+def _load(model: str, device: str) -> SpeakerModel:
+    """The bundle on the device, where it can compute there (INT8 is the CPU's)."""
     folder = bundles.folder_of(model)
     if model_id(folder) != model:
         raise InputError(f"the bundle {folder} has changed since it was taken into service")
-    return load_bundle(folder)
+    return load_bundle(folder, device)
 
 
 def _describe(folder: Path) -> dict[str, Any]:

@@ -122,8 +122,9 @@ class TokenReader:
     """Rows of a token file by number. Cheap to send to another process: only the path travels.
 
     `lengths` (N,) int64 are tokens per row, prompt and answer; `predicted` (N,) int64 those that a
-    loss is about (of a packed document, all but the first); `examples` (N,) int64 numbers of the
-    (first) corpus row in each; `characters` and `bytes` (N,) int64 how much text the loss of each
+    loss is about (of a packed document, all but the first); `documents` (N,) int64 how many share a
+    packed row, 0 of a prompt and answer; `examples` (N,) int64 numbers of the (first) corpus row in
+    each; `characters` and `bytes` (N,) int64 how much text the loss of each
     row is about.
     """
 
@@ -138,7 +139,8 @@ class TokenReader:
         self._first_rows = np.cumsum([0, *sizes])
         answers = self._lengths("answer")
         self.lengths = self._lengths("prompt") + answers
-        self.predicted = answers - self._lengths("starts")
+        self.documents = self._lengths("starts")
+        self.predicted = answers - self.documents
         self.examples = table.column("example").to_numpy()
         self.characters = table.column("characters").to_numpy().astype(np.int64)
         self.bytes = table.column("bytes").to_numpy().astype(np.int64)

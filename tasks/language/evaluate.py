@@ -102,6 +102,8 @@ def evaluate_text(
     families = {each["family"] for each in facts.values()}
     if "speech" in families and len(families) > 1:
         raise StepError("a speech model and a model of text can't be evaluated on the same rows")
+    if cfg.metrics and families.isdisjoint((*WRITERS, "speech")):
+        out.progress(None, f"masked models write no answers: {', '.join(cfg.metrics)} left out")
     if not families.isdisjoint(WRITERS):
         _check_references(cfg, corpus, out.seed)
     found: dict[str, dict[str, Additive]] = {name: {} for name in folders}

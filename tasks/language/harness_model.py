@@ -18,7 +18,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 
 from goldcrest.cluster.api import InputError
-from goldcrest.kernels.language.architectures import longest_text
+from goldcrest.kernels.language.architectures import decoder_start, longest_text
+from goldcrest.kernels.language.losses import decoder_inputs
 from goldcrest.tasks.language.bundle import LanguageModel
 from goldcrest.tasks.language.generation import GenerationSettings, Generator
 from goldcrest.tasks.language.prompts import encode_prompt
@@ -186,8 +187,12 @@ class BundleModel(TemplateLM):
         """The same of an encoder-decoder: the context is read, the continuation written."""
         inputs = self._padded([context[-self.max_length :] for context, _ in pairs])
         labels = self._padded([continuation for _, continuation in pairs])
-        wanted = labels["input_ids"].masked_fill(labels["attention_mask"] == 0, -100)
-        logits = self._bundle.model(**inputs, labels=wanted, use_cache=False).logits
+        fed = decoder_inputs(
+            labels["input_ids"],
+            start=decoder_start(self._bundle.model.config),
+            pad=self.tokenizer.pad_token_id or 0,
+        )
+        logits = self._bundle.model(**inputs, decoder_input_ids=fed, use_cache=False).logits
         return [
             (row[: len(continuation)], continuation)
             for row, (_, continuation) in zip(logits, pairs, strict=True)

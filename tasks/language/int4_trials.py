@@ -14,14 +14,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from goldcrest.tasks.data.speech_rows import SpeechRow
 from goldcrest.tasks.data.tokens import TokenRow, cut
-from goldcrest.tasks.language.bundle import load_config, load_model, read_description
-from goldcrest.tasks.language.rows import open_rows, window_frames
+from goldcrest.tasks.language.bundle import load_config, load_model
+from goldcrest.tasks.language.rows import open_rows
 
 if TYPE_CHECKING:
     import torch
@@ -29,12 +28,10 @@ if TYPE_CHECKING:
 
     from goldcrest.kernels.weight_only.search import Recipe
     from goldcrest.kernels.weight_only.transformer import Options
+    from goldcrest.tasks.language.collator import Collator
 
 Metric = Literal["perplexity", "loss", "accuracy"]
 """What the search keeps within its tolerance; of these, accuracy alone is better when higher."""
-
-WITH_LABELS = ("seq2seq", "speech")
-"""Families whose models make the decoder's inputs of the labels."""
 
 PROMPT, DECODED = 32, 16
 """Tokens of the prompt and tokens decoded after it, for the latencies."""
@@ -53,9 +50,7 @@ class Material:
     length: int  # tokens of a calibration row at most
     evaluation: int  # rows, the first ones
     batch_tokens: int  # of a batch that is measured
-    pad: int
-    mask: int | None  # the mask token's id, of masked models
-    special: tuple[int, ...]  # tokens that no masked model is asked for
+    collate: Collator
     seed: int
     options: Options  # how methods are driven
     device: str
@@ -64,12 +59,12 @@ class Material:
     @property
     def family(self) -> str:
         """Of the model: causal, seq2seq, masked or speech."""
-        return str(read_description(self.bundle)["family"])
+        return self.collate.family
 
     @property
     def positions(self) -> int:
         """Of a speech model's encoder, whatever the row; 0 of others."""
-        return window_frames(load_config(self.bundle)) // 2 if self.family == "speech" else 0
+        return self.collate.frames // 2
 
     def rows(self) -> dict[str, int]:
         """How many rows there are to calibrate on ("train") and to measure on ("validation")."""
@@ -106,24 +101,17 @@ class Material:
         return [self._collate([reader[row] for row in group], group[0]) for group in groups]
 
     def _collate(self, rows: Sequence[TokenRow], number: int) -> dict[str, Tensor]:
-        from goldcrest.tasks.language import batches
-
-        if self.family == "causal":
-            made = batches.causal_batch(rows, self.pad)
-        elif self.family == "seq2seq":
-            made = batches.seq2seq_batch(rows, self.pad)
-        elif self.family == "speech":
-            made = batches.speech_batch(cast(Sequence[SpeechRow], rows), 2 * self.positions)
-        else:
-            rng = np.random.default_rng([self.seed, 5, number])  # the same gaps in every trial
-            assert self.mask is not None
-            made = batches.masked_batch(rows, self.pad, self.mask, rng, special=self.special)
-        return {name: value.to(self.device) for name, value in made.items()}
+        rng = np.random.default_rng([self.seed, 5, number])  # the same gaps in every trial
+        return {name: value.to(self.device) for name, value in self.collate(rows, rng).items()}
 
 
 def baseline(metric: Metric, *, material: Material) -> dict[str, Any]:
     """The float model's scores and latencies; `metric` is the one that will be asked for."""
+    from goldcrest.tasks.language.documents import check_packing
+
     model = material.load()
+    readers = (open_rows(path, material.family) for path in (material.train, material.validation))
+    check_packing(model, material.collate, *readers)
     scores = measure(model, material.evaluation_batches(), material.family)
     told = {"metric": scores[metric], **scores, **latencies(model, material)}
     return told | {"pieced_loss": pieced_loss(model, material)}
@@ -218,11 +206,7 @@ def measure(
     with torch.inference_mode():
         for batch in batches:
             labels = batch["labels"]
-            given = (
-                batch
-                if family in WITH_LABELS
-                else {k: v for k, v in batch.items() if k != "labels"}
-            )
+            given = {name: value for name, value in batch.items() if name != "labels"}
             logits = model(**given).logits.float()
             if family == "causal":
                 logits, labels = logits[:, :-1], labels[:, 1:]

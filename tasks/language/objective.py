@@ -23,28 +23,18 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from goldcrest.kernels.language.block_outputs import block_masks, recorded_outputs
-from goldcrest.kernels.language.losses import (
-    NO_LOSS,
-    cross_entropy,
-    decoder_inputs,
-    predictions,
-)
+from goldcrest.kernels.language.losses import NO_LOSS, cross_entropy, predictions
 from goldcrest.kernels.language.padding import token_mask
-from goldcrest.tasks.data.speech_rows import SpeechRow
-from goldcrest.tasks.data.tokens import TokenReader, TokenRow
-from goldcrest.tasks.language.batches import (
-    causal_batch,
-    masked_batch,
-    seq2seq_batch,
-    speech_batch,
-)
+from goldcrest.tasks.data.tokens import TokenReader
+from goldcrest.tasks.language.collator import Collator
+from goldcrest.tasks.language.documents import check_packing
 
 Distillation = Literal["none", "logits", "squarehead", "feature_mse"]
 _EVALUATION_BATCH = 16  # rows of a forward pass without gradients
@@ -53,33 +43,22 @@ _LARGEST_EXPONENT = 700.0  # e^709 is the end of float64: a diverged model has a
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """What is trained on, and how rows become batches.
+    """What is trained on, and how rows become batches."""
 
-    `pad`, `mask` are token ids; `special` ids are never hidden from a masked model; `frames` are
-    those of a speech model's window.
-    """
-
-    family: str
     train: TokenReader
     validation: TokenReader
-    pad: int
-    mask: int | None = None
-    special: tuple[int, ...] = ()
-    frames: int = 0
+    collate: Collator
 
-    def batch(self, rows: list[TokenRow], rng: np.random.Generator) -> dict[str, Tensor]:
-        """Rows as a batch of the family: input_ids (input_features), attention_mask, labels, ..."""
-        if self.family == "speech":
-            return speech_batch(cast(list[SpeechRow], rows), self.frames)
-        if self.family == "seq2seq":
-            return seq2seq_batch(rows, self.pad)
-        if self.family == "masked":
-            assert self.mask is not None
-            return masked_batch(rows, self.pad, self.mask, rng, special=self.special)
-        return causal_batch(rows, self.pad)
+    @property
+    def family(self) -> str:
+        """Of the model that reads it."""
+        return self.collate.family
 
 
-def model_inputs(model: Any, batch: Mapping[str, Tensor], pad: int) -> dict[str, Any]:
+_INPUTS = ("input_ids", "input_features", "attention_mask", "position_ids", "decoder_input_ids")
+
+
+def model_inputs(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Any]:
     """A batch as the model's keyword arguments, without labels: the loss is ours.
 
     Features, and a mask of numbers, take the precision of the model's weights.
@@ -87,13 +66,10 @@ def model_inputs(model: Any, batch: Mapping[str, Tensor], pad: int) -> dict[str,
     parameters = inspect.signature(model.forward).parameters
     dtype = next(model.parameters()).dtype
     inputs: dict[str, Any] = {}
-    for name in ("input_ids", "input_features", "attention_mask", "position_ids"):
+    for name in _INPUTS:
         if name in batch and name in parameters:
             value = batch[name]
             inputs[name] = value.to(dtype) if value.is_floating_point() else value
-    if model.config.is_encoder_decoder:
-        start = model.config.decoder_start_token_id
-        inputs["decoder_input_ids"] = decoder_inputs(batch["labels"], start=start, pad=pad)
     if "use_cache" in parameters:
         inputs["use_cache"] = False
     return inputs
@@ -129,11 +105,15 @@ class LanguageObjective:
         self.evaluation_rows = evaluation_rows
 
     def build_model(self) -> nn.Module:
-        """The model that training starts from, all trainable but what the library keeps fixed."""
+        """The model that training starts from, all trainable but what the library keeps fixed.
+
+        InputError for rows of several documents that the model does not keep apart.
+        """
         from goldcrest.kernels.language.architectures import library_frozen
         from goldcrest.tasks.language.models import checkpoint_activations
 
         model = self.start().train().requires_grad_(True)
+        check_packing(model, self.text.collate, self.text.train, self.text.validation)
         for name in library_frozen(model.config, self.text.family):
             model.get_parameter(name).requires_grad_(False)
         if self.activation_checkpointing:
@@ -162,7 +142,7 @@ class LanguageObjective:
 
     def batch(self, indices: np.ndarray, rng: np.random.Generator) -> dict[str, Tensor]:
         """The rows as a batch, with `tokens` (B,): how many each holds."""
-        made = self.text.batch([self.text.train[int(index)] for index in indices], rng)
+        made = self.text.collate([self.text.train[int(index)] for index in indices], rng)
         return {**made, "tokens": torch.from_numpy(self.text.train.lengths[indices])}
 
     def losses(
@@ -174,7 +154,7 @@ class LanguageObjective:
 
     def _predict(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Logits (B, T, V) and the targets (B, T) that they predict."""
-        logits = model(**model_inputs(model, batch, self.text.pad)).logits
+        logits = model(**model_inputs(model, batch)).logits
         return predictions(logits, batch["labels"], shifted=self.text.family == "causal")
 
     def masks(self, model: nn.Module) -> Mapping[str, Tensor]:
@@ -224,7 +204,7 @@ class LanguageObjective:
         order = sample[np.argsort(reader.lengths[sample], kind="stable")]
         for start in range(0, len(order), _EVALUATION_BATCH):
             rows = [reader[int(index)] for index in order[start : start + _EVALUATION_BATCH]]
-            yield self.text.batch(rows, rng)
+            yield self.text.collate(rows, rng)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Nothing besides model and optimizer."""

@@ -7,7 +7,10 @@ can stay inside of documents (tasks/language/batches.py).
 
 A document that goes on repeats its last token as the first of the next row. It is context there, so
 every token is predicted exactly once, whatever the length of rows: perplexity and bits per
-character count the same text.
+character count the same text. A masked model predicts tokens from both sides, the first of a row
+too, so nothing is repeated for it.
+
+Rows of one document each are for models that can't keep documents apart (documents.py).
 """
 
 from __future__ import annotations
@@ -56,11 +59,16 @@ class PackedRow:
 class Packer:
     """Fills rows of `length` tokens with documents."""
 
-    def __init__(self, length: int) -> None:
-        """`length` at least 2: a token, and one to predict from it."""
+    def __init__(self, length: int, *, causal: bool = True, alone: bool = False) -> None:
+        """`length` at least 2: a token, and one to predict from it.
+
+        `causal`: the first token of a piece is not predicted, and repeated where it goes on;
+        `alone`: a row holds a piece of one document, however short.
+        """
         if length < 2:
             raise ValueError(f"rows of {length} tokens have nothing to predict")
-        self._length = length
+        self._length, self._causal, self._alone = length, causal, alone
+        self._least = 2 if causal else 1  # tokens of a piece
         self._begin()
 
     def _begin(self) -> None:
@@ -70,15 +78,19 @@ class Packer:
         self._example = -1
 
     def add(self, document: EncodedText, example: int) -> Iterator[PackedRow]:
-        """Put a document in; the rows that became full. One of a single token is left out."""
+        """Put a document in; the rows that became full. If `causal`, one of a single token is
+        left out.
+        """
+        if self._alone:
+            yield from self.close()
         place = 0
-        while len(document) - place >= 2:
-            if self._length - self._filled < 2:
+        while len(document) - place >= self._least:
+            if self._length - self._filled < self._least:
                 yield from self.close()
             end = min(place + self._length - self._filled, len(document))
             self._put(document, place, end, example)
             # The last token is context for what follows, unless nothing does.
-            place = end if end == len(document) else end - 1
+            place = end - 1 if self._causal and end < len(document) else end
 
     def _put(self, document: EncodedText, place: int, end: int, example: int) -> None:
         if not self._pieces:
@@ -86,8 +98,9 @@ class Packer:
         self._starts.append(self._filled)
         self._pieces.append(document.tokens[place:end])
         self._filled += end - place
-        self._characters += int(document.characters[end - 1] - document.characters[place])
-        self._bytes += int(document.bytes[end - 1] - document.bytes[place])
+        before = place if self._causal else place - 1  # the last token that is not predicted
+        self._characters += _between(document.characters, before, end)
+        self._bytes += _between(document.bytes, before, end)
 
     def close(self) -> Iterator[PackedRow]:
         """The row that is being filled, if there is one."""
@@ -99,3 +112,8 @@ class Packer:
             )
             yield PackedRow(row, self._example, self._characters, self._bytes)
         self._begin()
+
+
+def _between(ends: np.ndarray, before: int, end: int) -> int:
+    """What tokens behind `before` (-1: from the first on) and before `end` cover."""
+    return int(ends[end - 1]) - (int(ends[before]) if before >= 0 else 0)

@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from goldcrest.kernels.metrics.perplexity import RowSums
     from goldcrest.tasks.data.tokens import TokenRow
     from goldcrest.tasks.language.bundle import LanguageModel
+    from goldcrest.tasks.language.collator import Collator
     from goldcrest.tasks.language.generation import Generator
 
 CONTINUED_WORDS = 12
@@ -90,18 +91,23 @@ class LossShard:
 
 def row_losses(shard: LossShard) -> np.ndarray:
     """(n, 5) float64 by row: NLL and entropy in nats; tokens, characters, bytes."""
+    from goldcrest.tasks.language.collator import make_collator
+    from goldcrest.tasks.language.documents import check_packing
     from goldcrest.tasks.language.rows import check_speech, open_rows
 
     bundle = load_on(shard.folder, shard.device)
     reader = open_rows(shard.tokens, bundle.facts["family"])
     check_speech(reader, bundle.model.config)
+    collate = make_collator(bundle.facts["family"], bundle.tokenizer, bundle.model.config)
+    if bundle.facts.get("quantization") is None:  # of whose rounding neighbours are a part
+        check_packing(bundle.model, collate, reader)
     found = np.zeros((len(shard.rows), 5))
     # Rows of similar length share a batch: less padding.
     order = np.argsort([-reader.lengths[row] for row in shard.rows], kind="stable")
     for start in range(0, len(order), shard.batch_rows):
         places = order[start : start + shard.batch_rows]
         rows = [reader[int(shard.rows[place])] for place in places]
-        batch = loss_batch(bundle, rows)
+        batch = loss_batch(bundle, collate, rows)
         device = bundle.model.device
         sums = batch_sums(bundle, {key: value.to(device) for key, value in batch.items()})
         found[places, :3] = np.stack([each.cpu().numpy() for each in sums], axis=1)
@@ -109,43 +115,16 @@ def row_losses(shard: LossShard) -> np.ndarray:
     return found
 
 
-def loss_batch(bundle: LanguageModel, rows: Sequence[TokenRow]) -> dict[str, Tensor]:
+def loss_batch(
+    bundle: LanguageModel, collate: Collator, rows: Sequence[TokenRow]
+) -> dict[str, Tensor]:
     """Rows of a token file as the bundle's family reads them, with labels (B, T)."""
     import torch
 
-    from goldcrest.tasks.data.speech_rows import SpeechRow
-    from goldcrest.tasks.language.batches import (
-        causal_batch,
-        masked_batch,
-        seq2seq_batch,
-        speech_batch,
-    )
-    from goldcrest.tasks.language.rows import window_frames
-
-    family, tokenizer = bundle.facts["family"], bundle.tokenizer
-    pad = tokenizer.pad_token_id or 0
-    if family == "seq2seq":
-        return seq2seq_batch(rows, pad)
-    if family == "causal":
-        return causal_batch(rows, pad, dtype=bundle.model.dtype)
-    if family == "speech":
-        return speech_batch(cast(Sequence[SpeechRow], rows), window_frames(bundle.model.config))
-    if tokenizer.mask_token_id is None:
-        raise InputError(
-            f"the model {bundle.facts['name']} of family '{family}' can't be scored on text",
-            hint="a masked model needs a tokenizer with a mask token",
-        )
-    # Every token is asked for (a share of 1), so what the batch hid is all in its labels.
-    batch = masked_batch(
-        rows,
-        pad,
-        tokenizer.mask_token_id,
-        np.random.default_rng(0),
-        share=1.0,
-        special=tokenizer.all_special_ids,
-        dtype=bundle.model.dtype,
-    )
-    batch["input_ids"] = torch.where(batch["labels"] < 0, batch["input_ids"], batch["labels"])
+    # Of a masked model every token is asked for (a share of 1): what was hidden is in the labels.
+    batch = collate(rows, np.random.default_rng(0), share=1.0, dtype=bundle.model.dtype)
+    if collate.family == "masked":
+        batch["input_ids"] = torch.where(batch["labels"] < 0, batch["input_ids"], batch["labels"])
     return batch
 
 

@@ -247,6 +247,7 @@ def _material(
 ) -> Material:
     """What the trials work on, checked."""
     from goldcrest.kernels.weight_only.transformer import Options
+    from goldcrest.tasks.language.collator import make_collator
 
     folder, description = float_text_bundle(model)
     config = load_config(folder)
@@ -265,10 +266,6 @@ def _material(
                 + ("calibrate on" if split == "train" else "measure the model on")
             )
     tokenizer = load_tokenizer(tokenizer_folder(model))
-    mask = tokenizer.mask_token_id if description["family"] == "masked" else None
-    if description["family"] == "masked" and mask is None:
-        raise InputError("the tokenizer of this masked model has no mask token")
-    pad = config.get_text_config().pad_token_id
     return int4_trials.Material(
         bundle=folder,
         **paths,
@@ -276,9 +273,7 @@ def _material(
         length=cfg.calibration_length,
         evaluation=cfg.evaluation,
         batch_tokens=cfg.batch_tokens,
-        pad=pad if isinstance(pad, int) else 0,
-        mask=mask,
-        special=tuple(tokenizer.all_special_ids),
+        collate=make_collator(description["family"], tokenizer, config),
         seed=out.seed,
         options=Options(
             true_sequential=cfg.true_sequential,

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from goldcrest.cluster.api import Artifact, Config, InputError, Output, StepError, task
+from goldcrest.cluster.api import Artifact, Config, Output, StepError, task
 from goldcrest.tasks.language.bundle import (
     float_text_bundle,
     load_config,
@@ -27,7 +27,7 @@ from goldcrest.tasks.language.bundle import (
 )
 from goldcrest.tasks.language.ranking_figure import ranked, ranking_figure
 from goldcrest.tasks.language.recipe import check_lengths
-from goldcrest.tasks.language.rows import check_speech, open_rows, rows_file, window_frames
+from goldcrest.tasks.language.rows import check_speech, open_rows, rows_file
 from goldcrest.tasks.language.tokenizer import load_tokenizer, tokenizer_folder
 from goldcrest.tasks.methods import SettingsOf, settings_of
 
@@ -64,7 +64,7 @@ def quantize_int8(cfg: QuantizeInt8Config, model: Artifact, tokens: Artifact, ou
     folder, before = float_text_bundle(model)
     config = load_config(folder)
     network = load_model(folder).float()
-    given = _batches(cfg, before["family"], config, model, tokens, out.seed)
+    given = _batches(cfg, before["family"], network, model, tokens, out.seed)
     out.progress(0.1, f"{len(given)} calibration batches")
     told = {"loss": {"float": _loss(network, given)}}
     try:
@@ -131,7 +131,7 @@ def _refused(error: ValueError) -> StepError:
 def _batches(
     cfg: QuantizeInt8Config,
     family: str,
-    config: PreTrainedConfig,
+    network: PreTrainedModel,
     model: Artifact,
     tokens: Artifact,
     seed: int,
@@ -142,21 +142,24 @@ def _batches(
     NaN, and with it every score that is measured by the loss.
     """
     from goldcrest.tasks.data.tokens import cut, has_loss
-    from goldcrest.tasks.language import batches
+    from goldcrest.tasks.language.collator import make_collator
+    from goldcrest.tasks.language.documents import check_packing
 
-    reader = open_rows(rows_file(tokens, "train"), family)
+    reader, config = open_rows(rows_file(tokens, "train"), family), network.config
     check_speech(reader, config)
     check_lengths(reader, family, config, cfg.calibration_length)
     if not len(reader):
         raise StepError("the tokens have no training rows, which are needed to calibrate on")
-    tokenizer = load_tokenizer(tokenizer_folder(model))
-    pad, special = tokenizer.pad_token_id or 0, tokenizer.all_special_ids
+    collate = make_collator(family, load_tokenizer(tokenizer_folder(model)), config)
+    check_packing(network, collate, reader)
     rng = np.random.default_rng([seed, 8])
     usable = (
         (int(reader.lengths[number]), row)
         for number in rng.permutation(len(reader))
         if has_loss(
-            row := cut(reader[int(number)], cfg.calibration_length, family), family, special
+            row := cut(reader[int(number)], cfg.calibration_length, family),
+            family,
+            collate.special,
         )
     )
     chosen = sorted(itertools.islice(usable, cfg.calibration), key=lambda pair: pair[0])
@@ -168,19 +171,8 @@ def _batches(
             hint="raise calibration_length, or calibrate on rows with shorter prompts",
         )
 
-    def collate(some: list[Any]) -> dict[str, Tensor]:
-        if family == "speech":
-            return batches.speech_batch(some, window_frames(config))
-        if family == "seq2seq":
-            return batches.seq2seq_batch(some, pad)
-        if family == "causal":
-            return batches.causal_batch(some, pad)
-        if tokenizer.mask_token_id is None:
-            raise InputError("the tokenizer of this masked model has no mask token")
-        return batches.masked_batch(some, pad, tokenizer.mask_token_id, rng, special=special)
-
     size = cfg.rows_per_batch
-    return [collate(rows[start : start + size]) for start in range(0, len(rows), size)]
+    return [collate(rows[start : start + size], rng) for start in range(0, len(rows), size)]
 
 
 def _loss(network: Any, given: list[dict[str, Tensor]]) -> float:

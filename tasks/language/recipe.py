@@ -20,7 +20,7 @@ from goldcrest.cluster.api import (
 )
 from goldcrest.tasks.history import history_figure
 from goldcrest.tasks.language.bundle import write_bundle
-from goldcrest.tasks.language.rows import check_speech, open_rows, rows_file, window_frames
+from goldcrest.tasks.language.rows import check_speech, open_rows, rows_file
 from goldcrest.tasks.language.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def read_text(tokens: Artifact, tokenizer: Path, family: str, config: PreTrained
     Raises InputError where they were made for another family, are none, do not fit the model's
     positions, or where the family needs what the tokenizer or this version lacks.
     """
+    from goldcrest.tasks.language.collator import make_collator
     from goldcrest.tasks.language.objective import Text
 
     made_for = tokens.json("facts")["family"]
@@ -57,26 +58,13 @@ def read_text(tokens: Artifact, tokenizer: Path, family: str, config: PreTrained
             f"the tokens were made for the family '{made_for}', the model is '{family}'",
             hint=f"set tokens.family to {family}",
         )
-    found = load_tokenizer(tokenizer)
-    if family == "masked" and found.mask_token_id is None:
-        raise InputError(
-            "a masked model needs a tokenizer with a mask token",
-            hint='set tokenizer.mask to "<mask>"',
-        )
+    collate = make_collator(family, load_tokenizer(tokenizer), config)
     train, validation = (
         open_rows(rows_file(tokens, split), family) for split in ("train", "validation")
     )
     if len(train) == 0:
         raise StepError("the tokens hold no training rows", hint="look at the corpus")
-    text = Text(
-        family=family,
-        train=train,
-        validation=validation,
-        pad=found.pad_token_id,
-        mask=found.mask_token_id,
-        special=tuple(found.all_special_ids),
-        frames=window_frames(config) if family == "speech" else 0,
-    )
+    text = Text(train=train, validation=validation, collate=collate)
     # The test rows too: what can't be evaluated in the end is not worth training for.
     for reader in (train, validation, open_rows(rows_file(tokens, "test"), family)):
         check_lengths(reader, family, config)

@@ -365,16 +365,18 @@ def calibration_batches(
     """
     from goldcrest.kernels.language.losses import NO_LOSS
     from goldcrest.kernels.language.padding import token_mask
+    from goldcrest.tasks.language.documents import check_packing
     from goldcrest.tasks.language.objective import model_inputs
 
+    check_packing(model, text.collate, text.train)
     rng = np.random.default_rng([seed, 7])
     sample = rng.permutation(len(text.train))[: cfg.calibration_rows]
     order = sample[np.argsort(text.train.lengths[sample], kind="stable")]
     inputs, source, target = [], [], []
     for start in range(0, len(order), cfg.calibration_batch):
         rows = [text.train[int(index)] for index in order[start : start + cfg.calibration_batch]]
-        batch = text.batch(rows, rng)
-        inputs.append(model_inputs(model, batch, text.pad))
+        batch = text.collate(rows, rng)
+        inputs.append(model_inputs(model, batch))
         source.append(token_mask(batch))
         decoder = batch["labels"] != NO_LOSS
         target.append(decoder if model.config.is_encoder_decoder else token_mask(batch))

@@ -15,7 +15,6 @@ its decoder has positions for.
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import resource
@@ -46,7 +45,7 @@ class SpeedConfig(Config):
     new_tokens: int = Field(
         32,
         ge=2,
-        description="tokens that are generated after it (speech: at most what has positions)",
+        description="tokens that are generated after it; fewer where the context is too short",
     )
     repeats: int = Field(5, ge=1, description="times that this is done, after one that warms up")
     threads: int = Field(1, ge=1, description="CPU threads")
@@ -85,13 +84,15 @@ def measure_here(folder: Path, config: SpeedConfig, device: str) -> dict[str, fl
     import torch
 
     # What any model needs of the libraries is there before the first figure is taken.
-    importlib.import_module("goldcrest.kernels.language.architectures")
+    from goldcrest.kernels.language.architectures import longest_text
+
     torch.set_num_threads(config.threads)
     before = _peak_mb(device)
     start = time.perf_counter()
     bundle = load_on(folder, device)
     loaded = time.perf_counter() - start
-    prompt = [] if family == "speech" else _prompt(bundle, config)
+    config = _fitting(config, longest_text(bundle.model.config), family)
+    prompt = [] if family == "speech" else _prompt(bundle, config.prompt_tokens)
     if family in generation.WRITERS:
         times = _time_writer(generation.Generator(bundle), prompt, config)
     elif family == "speech":
@@ -153,15 +154,25 @@ def _time_reader(bundle: LanguageModel, prompt: list[int], config: SpeedConfig) 
     return {"first_token_ms": 1000 * spent, "tokens_per_second": len(prompt) / spent}
 
 
-def _prompt(bundle: LanguageModel, config: SpeedConfig) -> list[int]:
-    """Ordinary tokens, none of them special: what they say does not matter to the clock."""
-    from goldcrest.kernels.language.architectures import longest_text
+def _fitting(config: SpeedConfig, limit: int | None, family: str) -> SpeedConfig:
+    """The config with tokens that a context of `limit` has room for, half of it for either part.
 
-    limit = longest_text(bundle.model.config) or sys.maxsize
-    room = max(1, limit - config.new_tokens)
+    Only a causal model's prompt and new tokens share one.
+    """
+    if limit is None:
+        return config
+    prompt, new = min(config.prompt_tokens, limit), min(config.new_tokens, limit)
+    if family == "causal" and prompt + new > limit:
+        new = max(2, min(new, max(limit // 2, limit - prompt)))
+        prompt = max(1, limit - new)
+    return config.model_copy(update={"prompt_tokens": prompt, "new_tokens": new})
+
+
+def _prompt(bundle: LanguageModel, tokens: int) -> list[int]:
+    """Ordinary tokens, none of them special: what they say does not matter to the clock."""
     special = set(bundle.tokenizer.all_special_ids)
     plain = [token for token in range(len(bundle.tokenizer)) if token not in special]
-    return [plain[7 * i % len(plain)] for i in range(min(config.prompt_tokens, room))]
+    return [plain[7 * i % len(plain)] for i in range(tokens)]
 
 
 def _peak_mb(device: str) -> float:

@@ -6,7 +6,7 @@ counted; where that is more than `max_dropped_share` the step fails and says whi
 
     causal    [bos] prompt | answer [eos]         packed: [bos] text [eos] [bos] text [eos] ...
     seq2seq   prompt [eos] -> answer [eos]        encoder's input -> labels
-    masked    packed, as above
+    masked    packed, as above; no token twice
     speech    audio -> [prefix] text [eos]        tasks/language/speech_tokens.py
 
 Artifact:
@@ -77,10 +77,11 @@ class TokensConfig(Config):
     answer_length: int | None = Field(
         None, ge=2, description="seq2seq: greatest length of the labels (tokens); None: `length`"
     )
-    pack: Literal["plain_text", "everything"] = Field(
+    pack: Literal["plain_text", "everything", "nothing"] = Field(
         "plain_text",
         description="what shares rows: text without a prompt, or prompts with their answers too, "
-        "as text to learn a language from (masked models: always everything; seq2seq: never)",
+        "as text to learn a language from (masked models: always everything; seq2seq: never), or "
+        "nothing, for models that can't keep documents apart (a long text still fills many rows)",
     )
     overlong: Literal["drop", "truncate"] = Field(
         "drop",
@@ -105,7 +106,7 @@ class TokensConfig(Config):
     )
 
 
-@task(cpus=0, seeded=False, timeout="12h", version=2)
+@task(cpus=0, seeded=False, timeout="12h", version=3)
 def tokens(cfg: TokensConfig, corpus: Artifact, tokenizer: Artifact, out: Output) -> None:
     """Encode, pack and write every split (see the module docstring)."""
     folder = str(tokenizer_folder(tokenizer))
@@ -224,7 +225,11 @@ class _RowMaker:
     )
 
     def __post_init__(self) -> None:
-        self._packer = Packer(self.cfg.length)
+        self._packer = Packer(
+            self.cfg.length,
+            causal=self.cfg.family != "masked",
+            alone=self.cfg.pack == "nothing",
+        )
         self._lengths: Counter[int] = Counter()
 
     def add(self, prompt: EncodedText, answer: EncodedText) -> None:
@@ -276,8 +281,10 @@ class _RowMaker:
         facts = self.facts
         facts["rows"] += 1
         facts["tokens"] += len(row)
-        # Of a document's tokens in a packed row the first has nothing to be predicted from.
-        facts["predicted"] += len(row.answer) - len(row.starts)
+        # Of a document's tokens in a packed row the first has nothing to be predicted from, but for
+        # a masked model, which looks in both directions.
+        first = 0 if self.cfg.family == "masked" else len(row.starts)
+        facts["predicted"] += len(row.answer) - first
         facts["characters"] += characters
         facts["bytes"] += size
         facts["longest"] = max(facts["longest"], len(row))

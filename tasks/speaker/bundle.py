@@ -124,8 +124,11 @@ def load_network(folder: Path) -> EcapaTdnn:
     return network.eval()
 
 
-def load_bundle(folder: Path | str) -> SpeakerModel:
-    """Any speaker bundle, ready to embed; InputError when it is not one."""
+def load_bundle(folder: Path | str, device: str = "cpu") -> SpeakerModel:
+    """Any speaker bundle, ready to embed on a device; InputError when it is not one.
+
+    An INT8 bundle stays on the CPU: its operators are the CPU's.
+    """
     import torch
 
     folder = Path(folder)
@@ -137,9 +140,9 @@ def load_bundle(folder: Path | str) -> SpeakerModel:
 
             state = bundles.load_state(folder)
             bundles.check_state(state, layout(facts["int8"]))
-            module = Int8Ecapa.from_tensors(state, facts["int8"])
+            module, device = Int8Ecapa.from_tensors(state, facts["int8"]), "cpu"
         else:
-            module = load_network(folder)
+            module = load_network(folder).to(device)
         front_end = FrontEnd(FrontEndConfig(**facts["front_end"]))
 
     def embed_alike(frames: Sequence[np.ndarray]) -> np.ndarray:
@@ -149,9 +152,9 @@ def load_bundle(folder: Path | str) -> SpeakerModel:
         for row, each in zip(padded, frames, strict=True):
             row[:, : len(each)] = torch.from_numpy(each).mT
         # Without padding there is nothing to mask: the plain path is the faster one.
-        mask = None if min(lengths) == max(lengths) else torch.tensor(lengths)
+        mask = None if min(lengths) == max(lengths) else torch.tensor(lengths, device=device)
         with torch.inference_mode():
-            return module(padded, mask).float().numpy()
+            return module(padded.to(device), mask).float().cpu().numpy()
 
     def embed_batch(frames: Sequence[np.ndarray]) -> np.ndarray:
         """[(T_b, F)] -> (B, E)."""

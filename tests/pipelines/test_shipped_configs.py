@@ -81,6 +81,15 @@ def test_a_corpus_that_nothing_reads_is_refused() -> None:
     assert language.Config(**taken, pretrain_tokens={"length": 64}).pretrain_tokens.length == 64
 
 
+def test_metrics_of_answers_that_nobody_writes_are_refused() -> None:
+    model = {"model": {"family": "masked", "architecture": "bert", "settings": {}}}
+    rows = {"tokens": {"family": "masked"}, "pretrain_tokens": {"family": "masked"}}
+    given = {"pretrain": model, **rows, "int8": None, "int4": None}
+    assert language.Config(**given).evaluate.metrics == ()
+    with pytest.raises(ValueError, match=r"evaluate\.metrics are bleu, but a model of family mask"):
+        language.Config(**given, evaluate={"metrics": ["bleu"]})
+
+
 def test_every_bundle_of_a_run_tells_of_its_own_model() -> None:
     with pytest.raises(ValueError, match=r"publish\.name is 'dense', but a run publishes several"):
         language.Config(publish={"name": "dense"})

@@ -410,6 +410,17 @@ def test_int8_weights_are_stored_as_integers(chain: dict[str, Artifact]) -> None
     assert chain["int8"].metrics["int8"]["embedding_cosine"] > 0.97
 
 
+def test_a_bundle_computes_on_the_device_that_is_asked(chain: dict[str, Artifact]) -> None:
+    """The device "meta" stands for one that this machine lacks: it has no numbers to give back.
+    INT8 operators are the CPU's."""
+    frames = np.random.default_rng(0).standard_normal((60, 24)).astype(np.float32)
+    for name in ("dense", "sparse"):
+        with pytest.raises(NotImplementedError, match="copy out of meta"):
+            load_bundle(chain[name].path, "meta").embed(frames)
+    here, there = (load_bundle(chain["int8"].path, device) for device in ("cpu", "meta"))
+    assert np.array_equal(here.embed(frames), there.embed(frames))
+
+
 @pytest.mark.parametrize("name", ["dense", "sparse", "int8"])
 def test_a_bundle_alone_embeds_a_waveform(
     chain: dict[str, Artifact], tmp_path: Path, name: str

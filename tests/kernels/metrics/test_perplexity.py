@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from goldcrest.kernels.language.losses import decoder_inputs
 from goldcrest.kernels.metrics import additive
 from goldcrest.kernels.metrics import perplexity as ppl
 from tests.kernels.language import tiny_models
@@ -21,6 +22,8 @@ def labelled(architecture: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor
         batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     batch["labels"] = batch["labels"].clone()
     batch["labels"][0, :4] = ppl.IGNORED
+    if architecture == "t5":
+        batch["decoder_input_ids"] = decoder_inputs(batch["labels"], start=0, pad=0)
     return model, batch
 
 

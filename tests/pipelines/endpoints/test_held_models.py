@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from ray.serve import multiplex
 
-from goldcrest.pipelines.endpoints import speaker_models
+from goldcrest.pipelines.endpoints import speaker, speaker_models
 from goldcrest.pipelines.endpoints.bundles import MOST_BUNDLES, MOST_HELD, BundleChoice
 from goldcrest.pipelines.endpoints.speaker_models import SpeakerModels
 
@@ -32,7 +32,8 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The bundles that were read, in order; a folder's name is its content."""
     found: list[str] = []
 
-    def load(model: str) -> Toy:
+    def load(model: str, device: str) -> Toy:
+        assert device == "cpu"
         found.append(Path(model).name)
         return Toy()
 
@@ -54,6 +55,37 @@ def config(*names: str) -> dict[str, Any]:
 def replica() -> SpeakerModels:
     """A replica that holds nothing yet."""
     return SpeakerModels(max_seconds=1, min_seconds=0.1, max_batch=2, cpus=1)
+
+
+@pytest.mark.parametrize(("gpus", "device"), [(0.0, "cpu"), (0.5, "cuda")])
+def test_a_replica_with_a_gpu_computes_there(
+    loads: list[str], monkeypatch: pytest.MonkeyPatch, gpus: float, device: str
+) -> None:
+    asked: list[str] = []
+
+    def load(_: str, device: str) -> Toy:
+        asked.append(device)
+        return Toy()
+
+    monkeypatch.setattr(speaker_models, "_load", load)
+    models = SpeakerModels(max_seconds=1, min_seconds=0.1, max_batch=2, cpus=1, gpus=gpus)
+    asyncio.run(models.reconfigure(config("a")))
+    assert asked == [device]
+
+
+def test_the_endpoint_tells_its_replicas_of_their_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Serve gives a replica and what the replica is told are one setting."""
+    bound: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        speaker.serve,
+        "deployment",
+        lambda *_, **options: SimpleNamespace(bind=lambda **told: bound.append(options | told)),
+    )
+    monkeypatch.setattr(speaker, "ingress", lambda *_, **__: SimpleNamespace(bind=lambda *_: None))
+    for gpus in (0.0, 0.5):
+        speaker.application({"gpus": gpus})
+    assert [each["gpus"] for each in bound] == [0.0, 0.5]
+    assert [each["ray_actor_options"]["num_gpus"] for each in bound] == [0.0, 0.5]
 
 
 def test_as_many_as_may_be_served_stay_in_memory_during_a_swap(loads: list[str]) -> None:

@@ -134,10 +134,11 @@ def test_rows_of_an_encoder_decoder() -> None:
         TokenRow(np.array([5, 6, 2], np.int32), np.array([7, 2], np.int32)),
         TokenRow(np.array([5, 2], np.int32), np.array([7, 8, 9, 2], np.int32)),
     ]
-    batch = seq2seq_batch(rows, PAD)
+    batch = seq2seq_batch(rows, PAD, 1)
     assert batch["input_ids"].tolist() == [[5, 6, 2], [5, 2, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
     assert batch["labels"].tolist() == [[7, 2, NO_LOSS, NO_LOSS], [7, 8, 9, 2]]
+    assert batch["decoder_input_ids"].tolist() == [[1, 7, 2, 0], [1, 7, 8, 9]]
     torch.manual_seed(0)
     assert torch.isfinite(tiny_models.t5()(**batch).loss)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from goldcrest.cluster.api import Artifact, InputError, StepError
+from goldcrest.cluster.api import Artifact, InputError, Output, StepError
 from goldcrest.cluster.events import RunResult
 from goldcrest.tasks.data.tokens import TokenReader
 from goldcrest.tasks.language import quality
@@ -24,10 +25,12 @@ from goldcrest.tasks.language.generation import GenerationSettings, Generator
 from goldcrest.tasks.language.prepare import TextConfig, prepare_text
 from goldcrest.tasks.language.publish import PublishTextConfig, publish_text
 from goldcrest.tasks.language.quality import prompt_of
-from goldcrest.tasks.language.speed import SpeedConfig, measure_speed
+from goldcrest.tasks.language.speed import SpeedConfig, _fitting, measure_here, measure_speed
 from goldcrest.tasks.language.tokenizer import TokenizerConfig, tokenizer
 from goldcrest.tasks.language.tokens import TokensConfig, tokens
+from tests.kernels.language import tiny_models
 from tests.tasks.conftest import RunTask, runner
+from tests.tasks.language.test_language_bundle import written
 from tests.tasks.language.writing_models import (
     BundleToyConfig,
     bundle_toy,
@@ -212,8 +215,43 @@ def test_what_can_not_be_measured_is_said(chain: Chain, tmp_path: Path) -> None:
         measure_speed(tmp_path, SpeedConfig())
 
 
+@pytest.mark.parametrize(
+    ("limit", "family", "expected"),
+    [
+        (None, "causal", (32, 32)),
+        (64, "causal", (32, 32)),
+        (40, "causal", (20, 20)),
+        (16, "causal", (8, 8)),
+        (2, "causal", (1, 2)),
+        (24, "seq2seq", (24, 24)),  # each side has positions of its own
+        (24, "masked", (24, 24)),
+    ],
+)
+def test_what_is_timed_fits_the_context(
+    limit: int | None, family: str, expected: tuple[int, int]
+) -> None:
+    made = _fitting(SpeedConfig(), limit, family)
+    assert (made.prompt_tokens, made.new_tokens) == expected
+    short = SpeedConfig(prompt_tokens=4, new_tokens=32)
+    made = _fitting(short, limit, family)
+    assert made.prompt_tokens == min(4, limit or 4) or limit == 2
+    assert family != "causal" or limit in (None, 2) or made.new_tokens == min(32, limit - 4)
+
+
+@pytest.mark.parametrize("positions", [3, 20])
+def test_speed_of_a_short_context(chain: Chain, tmp_path: Path, positions: int) -> None:
+    """Of 20 positions, say, where 32 tokens are wanted after 32 others."""
+    folder = written(tmp_path / "short", tiny_models.gpt2(n_positions=positions))
+    shutil.rmtree(folder / "tokenizer")
+    shutil.copytree(chain.tokenizer, folder / "tokenizer")
+    found = measure_here(folder, SpeedConfig(repeats=1), "cpu")
+    assert found["prompt_tokens"] + found["new_tokens"] == positions
+
+
 @pytest.mark.parametrize(("architecture", "family"), [("t5", "seq2seq"), ("bert", "masked")])
-def test_other_families(chain: Chain, architecture: str, family: str) -> None:
+def test_other_families(
+    chain: Chain, architecture: str, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An encoder-decoder is scored and writes; a masked model is scored only."""
     toy = BundleToyConfig(architecture=architecture, tokenizer=str(chain.tokenizer))
     model = chain.run(bundle_toy, toy)
@@ -221,7 +259,11 @@ def test_other_families(chain: Chain, architecture: str, family: str) -> None:
         tokenizer, TokenizerConfig(method="load", path=str(chain.tokenizer)), chain.corpus
     )
     rows = chain.run(tokens, TokensConfig(family=family, length=40), chain.corpus, encoder)
+    said: list[str] = []
+    monkeypatch.setattr(Output, "progress", lambda _, share, text="": said.append(text))
     made = chain.run(evaluate_text, CONFIG, chain.corpus, rows, dense=model)
+    left_out = "masked models write no answers: exact_match, chrf left out"
+    assert (left_out in said) == (family == "masked")
     found = made.metrics["language"]["dense"]
     assert found["perplexity"] > 1
     assert 0 < found["entropy"] <= math.log(64)
@@ -360,13 +402,13 @@ def test_figures_know_families_by_their_percentages() -> None:
 
 
 def test_a_model_that_does_not_fit_the_rows_is_refused_with_a_sentence(chain: Chain) -> None:
-    from goldcrest.tasks.language.quality import LossShard, loss_batch, row_losses
+    from goldcrest.tasks.language.collator import make_collator
+    from goldcrest.tasks.language.quality import LossShard, row_losses
 
     bundle = load_bundle(chain.dense.path)
-    masked = type(bundle)({**bundle.facts, "family": "masked"}, bundle.model, bundle.tokenizer)
-    masked.tokenizer.mask_token = None
-    with pytest.raises(InputError, match="can't be scored on text"):
-        loss_batch(masked, [])
+    bundle.tokenizer.mask_token = None
+    with pytest.raises(InputError, match="needs a tokenizer with a mask token"):
+        make_collator("masked", bundle.tokenizer, bundle.model.config)
     config = BundleToyConfig(architecture="whisper", tokenizer=str(chain.tokenizer))
     speech = chain.run(bundle_toy, config)
     rows = LossShard(speech.path, chain.tokens.file("test.arrow"), np.arange(2), 2, "cpu")

@@ -18,6 +18,7 @@ from goldcrest.cluster.training import train_local
 from goldcrest.kernels.distillation import feature_mse, logit_kd, squarehead
 from goldcrest.kernels.language.losses import cross_entropy, decoder_inputs, predictions
 from goldcrest.tasks.data.tokens import TokenReader
+from goldcrest.tasks.language.collator import Collator
 from goldcrest.tasks.language.objective import (
     LanguageObjective,
     SparseObjective,
@@ -41,9 +42,8 @@ def fresh(architecture: str, seed: int) -> Any:
 def text(folder: Path, family: str, *, packed: bool = False) -> Text:
     toys.tokens_artifact(folder, family=family, rows=20, packed=packed)
     train, validation = (TokenReader(folder / f"{s}.arrow") for s in ("train", "validation"))
-    return Text(
-        family=family, train=train, validation=validation, pad=0, mask=3, special=(0, 1, 2, 3)
-    )
+    collate = Collator(family=family, pad=0, mask=3, special=(0, 1, 2, 3))
+    return Text(train=train, validation=validation, collate=collate)
 
 
 def sparse(folder: Path, family: str, kind: str, **changes: Any) -> SparseObjective:
@@ -64,7 +64,7 @@ def sparse(folder: Path, family: str, kind: str, **changes: Any) -> SparseObject
 
 def widened(batch: dict[str, Any], columns: int) -> dict[str, Any]:
     """The same rows with more padding, on the encoder's and on the labels' side."""
-    fill = {"input_ids": 7, "attention_mask": 0, "labels": -100}
+    fill = {"input_ids": 7, "attention_mask": 0, "decoder_input_ids": 7, "labels": -100}
     return {
         name: torch.cat([value, value.new_full((len(value), columns), fill[name])], 1)
         if name in fill

@@ -187,7 +187,7 @@ def test_rows_are_labels_and_the_librarys_features(tmp_path: Path, run_task: Run
     assert int(reader.characters.sum()) == sum(len(row["answer"]) for row in table)
     other = pickle.loads(pickle.dumps(reader))
     assert np.array_equal(other[3].features, reader[3].features)
-    batch = speech_batch([reader[0], cut(reader[1], 2, "speech")], 60)  # type: ignore[list-item]
+    batch = speech_batch([reader[0], cut(reader[1], 2, "speech")], 60, 0, 1)  # type: ignore[list-item]
     assert batch["input_features"].shape == (2, 80, 60)
     assert batch["labels"][1].tolist()[2:] == [-100] * (batch["labels"].shape[1] - 2)
     half = toys.chain(run_task, folder)[2]

@@ -25,6 +25,7 @@ from goldcrest.kernels.weight_only.linear import WeightOnlyLinear
 from goldcrest.kernels.weight_only.transformer import Options, quantized_layers
 from goldcrest.tasks.data.tokens import TokenRow, TokenWriter, cut
 from goldcrest.tasks.language.bundle import load_bundle, load_model, write_bundle, zero_share
+from goldcrest.tasks.language.collator import Collator
 from goldcrest.tasks.language.int4_trials import PIECED_ROWS, Material, measure, pieced_loss
 from goldcrest.tasks.language.quantize_int4 import Int4Config, quantize_int4
 from tests.kernels.language import tiny_models
@@ -188,8 +189,8 @@ def test_finds_the_smallest_recipe_within_the_tolerance(
     assert isinstance(loaded.model.lm_head, torch.nn.Linear)
     material = Material(
         bundle=dense.path, train=rows.file("train.arrow"), validation=rows.file("validation.arrow"),
-        calibration=6, length=24, evaluation=20, batch_tokens=256, pad=0, mask=None, special=(),
-        seed=3,
+        calibration=6, length=24, evaluation=20, batch_tokens=256,
+        collate=Collator(family="causal", pad=0), seed=3,
         options=Options(), device="cpu", scratch=made.path,
     )  # fmt: skip
     again = measure(loaded.model, material.evaluation_batches(), "causal")
@@ -224,8 +225,8 @@ def test_pieces_behind_a_cache_are_the_whole_row(
     paths = {name: made.file(f"{name}.arrow") for name in ("train", "validation")}
     material = Material(
         bundle=dense.path, **paths, calibration=6, length=24, evaluation=PIECED_ROWS,
-        batch_tokens=24, pad=0, mask=None, special=(), seed=3, options=Options(), device="cpu",
-        scratch=tmp_path,
+        batch_tokens=24, collate=Collator(family="causal", pad=0), seed=3, options=Options(),
+        device="cpu", scratch=tmp_path,
     )  # fmt: skip
     model = material.load()
     whole = measure(model, material.evaluation_batches(), "causal")
@@ -372,8 +373,9 @@ def test_a_masked_model_is_not_asked_for_special_tokens(rows: Artifact, tmp_path
     dense = bundle(tmp_path / "dense", tiny_models.bert(num_hidden_layers=1).eval(), "masked")
     material = Material(
         bundle=dense.path, train=rows.file("train.arrow"), validation=rows.file("validation.arrow"),
-        calibration=6, length=24, evaluation=20, batch_tokens=256, pad=0, mask=3,
-        special=tuple(range(40)), seed=3, options=Options(), device="cpu", scratch=tmp_path,
+        calibration=6, length=24, evaluation=20, batch_tokens=256, seed=3, options=Options(),
+        collate=Collator(family="masked", pad=0, mask=3, special=tuple(range(40))), device="cpu",
+        scratch=tmp_path,
     )  # fmt: skip
     for batch in material.evaluation_batches() + material.calibration_batches():
         asked = batch["labels"][batch["labels"] >= 0]
@@ -387,7 +389,7 @@ def test_the_special_tokens_are_the_tokenizers(
     batches = Material.evaluation_batches
 
     def watched(self: Material) -> Any:
-        seen.append(self.special)
+        seen.append(self.collate.special)
         return batches(self)
 
     monkeypatch.setattr(Material, "evaluation_batches", watched)

@@ -22,7 +22,7 @@ from goldcrest.kernels.language.stacks import block_linears
 from goldcrest.kernels.quantization.int8_linear import Int8Linear
 from goldcrest.tasks.bundles import load_state
 from goldcrest.tasks.data.tokens import TokenRow, TokenWriter
-from goldcrest.tasks.language.bundle import bundle_bytes, load_bundle, load_config, write_bundle
+from goldcrest.tasks.language.bundle import bundle_bytes, load_bundle, load_model, write_bundle
 from goldcrest.tasks.language.quality import LossShard, load_on, row_losses
 from goldcrest.tasks.language.quantize_int8 import QuantizeInt8Config, _batches, quantize_int8
 from goldcrest.tasks.language.speed import SpeedConfig, measure_here
@@ -129,7 +129,7 @@ def test_a_masked_model_is_not_calibrated_on_guessing_special_tokens(tmp_path: P
         for number in range(20):
             writer.write(TokenRow(ends[:1], ends[1:]), example=number, characters=9, size=9)
     given = _batches(
-        CFG, "masked", load_config(dense.path), dense, finished(tmp_path / "tokens", "tokens"), 3
+        CFG, "masked", load_model(dense.path), dense, finished(tmp_path / "tokens", "tokens"), 3
     )
     for batch in given:
         assert set(batch["labels"][batch["labels"] >= 0].tolist()) == {9}

@@ -175,13 +175,14 @@ def test_what_the_model_is_fed_is_what_the_library_feeds(chain: Chain) -> None:
     """Our shift of the labels against the library's; every frame counts, padded labels do not."""
     bundle = load_bundle(chain.dense.path)
     text = read_text(chain.tokens, chain.dense.path / "tokenizer", "speech", bundle.model.config)
-    batch = text.batch([text.train[row] for row in range(6)], np.random.default_rng(0))
+    batch = text.collate([text.train[row] for row in range(6)], np.random.default_rng(0))
     assert batch["input_features"].shape == (6, 80, 60)
-    inputs = model_inputs(bundle.model, batch, text.pad)
+    inputs = model_inputs(bundle.model, batch)
     assert set(inputs) == {"input_features", "decoder_input_ids", "use_cache"}
     with torch.no_grad(), recorded_outputs(bundle.model) as outputs:
         ours = bundle.model(**inputs).logits
-        theirs = bundle.model(**batch).logits
+        shifted = {name: batch[name] for name in ("input_features", "labels")}
+        theirs = bundle.model(**shifted).logits  # which shifts the labels itself
     assert torch.equal(ours, theirs)
     masks = feature_masks(bundle.model, batch)
     assert masks[:2] == [None, None] and len(masks) == 4 == len(outputs) // 2
@@ -219,7 +220,7 @@ def test_calibration_is_on_what_was_said(chain: Chain) -> None:
         made = chain.run(sparse_finetune_text, cfg, chain.dense, chain.tokens, None, None)
         model = load_bundle(made.path).model
         reader = SpeechReader(chain.tokens.file("validation.arrow"))
-        batch = speech_batch([reader[row] for row in range(len(reader))], 60)
+        batch = speech_batch([reader[row] for row in range(len(reader))], 60, 0, 1)
         with torch.no_grad():
             losses[method] = float(model(**batch).loss)
     assert losses["sparsegpt"] < losses["magnitude"]
@@ -320,7 +321,7 @@ def test_quality_and_speed_of_every_model(
         assert {"perplexity", "bits_per_char", "entropy", "wer", "cer"} <= set(values)
         assert values["rows"] == values["examples"] == len(rows) > 5
     dense = made.metrics["language"]["dense"]
-    batch = speech_batch([rows[row] for row in range(len(rows))], 60)
+    batch = speech_batch([rows[row] for row in range(len(rows))], 60, 0, 1)
     with torch.no_grad():
         loss = float(load_on(chain.dense.path, "cpu").model(**batch).loss)
     assert dense["perplexity"] == pytest.approx(np.exp(loss), rel=1e-4)

@@ -34,10 +34,10 @@ def document(first: int, size: int) -> EncodedText:
     return EncodedText(np.arange(first, first + size, dtype=np.int32), ends, 2 * ends)
 
 
-def packed(sizes: list[int], length: int) -> tuple[list[EncodedText], list[PackedRow]]:
+def packed(sizes: list[int], length: int, **how: bool) -> tuple[list[EncodedText], list[PackedRow]]:
     firsts = np.cumsum([0, *sizes])
     documents = [document(int(f), s) for f, s in zip(firsts, sizes, strict=False)]
-    packer = Packer(length)
+    packer = Packer(length, **how)
     rows = [row for number, each in enumerate(documents) for row in packer.add(each, number)]
     return documents, [*rows, *packer.close()]
 
@@ -87,6 +87,34 @@ def test_every_token_of_a_document_is_predicted_once(sizes: list[int], length: i
     assert sum(row.characters for row in rows) == sum(size - 1 for size in sizes)
     assert all(row.bytes == 2 * row.characters for row in rows)
     assert all(len(row.row) >= length - 1 for row in rows[:-1]), "a row is not full"
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=20), st.integers(2, 12), st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_a_masked_model_is_given_every_token_once(
+    sizes: list[int], length: int, alone: bool
+) -> None:
+    """Of both sides of a border that cuts a document, too: its bits are counted once."""
+    _, rows = packed(sizes, length, causal=False, alone=alone)
+    given = np.concatenate([row.row.answer for row in rows])
+    assert given.tolist() == list(range(sum(sizes)))
+    assert sum(row.characters for row in rows) == sum(size - 1 for size in sizes)
+    assert all(row.bytes == 2 * row.characters for row in rows)
+    assert all(0 < len(row.row) <= length for row in rows)
+    assert all(len(row.row) == length for row in rows[:-1]) or alone
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=20), st.integers(2, 12), st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_rows_of_one_document_each(sizes: list[int], length: int, causal: bool) -> None:
+    documents, rows = packed(sizes, length, causal=causal, alone=True)
+    assert all(row.row.starts.tolist() == [0] for row in rows)
+    whole = packed(sizes, length, causal=causal)[1]
+    for total in ("characters", "bytes"):
+        assert sum(getattr(row, total) for row in rows) == sum(getattr(r, total) for r in whole)
+    for row in rows:
+        inside = documents[row.example].tokens
+        assert set(row.row.answer.tolist()) <= set(inside.tolist())
 
 
 def test_where_documents_start_and_go_on() -> None:
@@ -189,6 +217,25 @@ def test_everything_can_be_packed_for_pretraining(
     assert facts["characters"] == sum(len(e.prompt + e.answer) for e in examples)
     assert facts["examples"] == len(examples)
     assert all(len(reader(made)[n].prompt) == 0 for n in range(facts["rows"]))
+
+
+@pytest.mark.parametrize("family", ["causal", "masked"])
+def test_nothing_is_packed_where_that_is_asked(
+    run_task: RunTask, plain_corpus: Artifact, family: str
+) -> None:
+    """Whole texts that fit have a row each; the text that the loss is about is all the text."""
+    cfg = TokenizerConfig(method="bytes", mask="<mask>" if family == "masked" else None)
+    vocabulary = run_task(tokenizer, cfg, plain_corpus)
+    settings = TokensConfig(family=family, length=64, pack="nothing")  # type: ignore[arg-type]
+    made = run_task(tokens, settings, plain_corpus, vocabulary)
+    found, facts = reader(made), made.json("facts")["splits"]["train"]
+    texts = [example.answer for example in read_examples(plain_corpus, "train")]
+    assert set(found.documents.tolist()) == {1}
+    assert sorted(set(found.examples.tolist())) == list(range(len(texts)))
+    assert facts["characters"] == sum(len(text) for text in texts)
+    assert facts["bytes"] == sum(len(text.encode()) for text in texts)
+    specials = 2 if family == "masked" else 1  # the token that begins a text is not predicted
+    assert facts["predicted"] == facts["bytes"] + specials * len(texts)
 
 
 def test_pairs_of_an_encoder_decoder_are_never_packed(

@@ -1,0 +1,211 @@
+"""Models that keep the documents of a packed row apart are told from those that do not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from goldcrest.cluster.api import InputError
+from goldcrest.kernels.language.architectures import (
+    fresh_config,
+    longest_text,
+    new_model,
+)
+from goldcrest.tasks.data.tokens import TokenReader, TokenRow
+from goldcrest.tasks.language.collator import Collator, make_collator
+from goldcrest.tasks.language.documents import attention_window, check_packing
+from goldcrest.tasks.language.objective import LanguageObjective, Text, model_inputs
+from tests.tasks.language import language_toys as toys
+
+HEADS = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+SIZES = {"hidden_size": 32, **HEADS}
+LONGEST = {"max_position_embeddings": 64}
+BART = {
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    **LONGEST,
+}
+MAMBA = {"hidden_size": 32, "num_hidden_layers": 1, "state_size": 4}
+RWKV = {"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32}
+ALIBI = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "alibi": True}
+MPT = {"d_model": 32, "n_layers": 1, "n_heads": 4, "max_seq_len": 64}
+GPT2 = {"n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 64}
+APART = [
+    ("causal", "llama", {**SIZES, **LONGEST}),
+    ("causal", "gpt2", GPT2),
+    ("causal", "mpt", MPT),
+    ("causal", "falcon", {**ALIBI, "alibi": False}),
+    ("masked", "bert", {**SIZES, **LONGEST}),
+    ("masked", "roberta", {**SIZES, **LONGEST}),
+    ("masked", "xlm-roberta", {**SIZES, **LONGEST}),
+    ("masked", "mpnet", {**SIZES, **LONGEST}),
+    ("masked", "modernbert", {**SIZES, **LONGEST}),
+]
+TOGETHER = [
+    ("causal", "bloom", {"hidden_size": 32, "n_layer": 1, "n_head": 4}),
+    ("causal", "falcon", ALIBI),
+    ("causal", "mamba", MAMBA),
+    ("causal", "rwkv", RWKV),
+    ("causal", "bart", BART),
+    ("masked", "esm", {**SIZES, **LONGEST}),
+    ("masked", "deberta-v2", {**SIZES, **LONGEST}),
+    ("masked", "fnet", {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 48}),
+]
+
+
+def fresh(architecture: str, family: str, settings: dict[str, Any]) -> Any:
+    """A model with weights that are large enough for each token to matter."""
+    special = {"pad": 0, "bos": 1, "eos": 2}
+    config = fresh_config(architecture, settings, vocabulary=toys.WORDS, special=special)
+    torch.manual_seed(0)
+    model = new_model(config, family)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.tie_weights()
+    return model.train()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    from goldcrest.tasks.language.tokenizer import load_tokenizer, tokenizer_folder
+
+    return load_tokenizer(tokenizer_folder(toys.tokenizer_artifact(tmp_path_factory.mktemp("t"))))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, TokenReader]:
+    """Packed rows, and rows of a prompt and answer."""
+    made = {}
+    for packed in (True, False):
+        folder = tmp_path_factory.mktemp("rows") / "tokens"
+        toys.tokens_artifact(folder, rows=4, packed=packed)
+        made[packed] = TokenReader(folder / "train.arrow")
+    return made
+
+
+@pytest.mark.parametrize(("family", "architecture", "settings"), APART)
+def test_documents_that_are_apart_pass(
+    family: str,
+    architecture: str,
+    settings: dict[str, Any],
+    tokenizer: Any,
+    rows: dict[bool, TokenReader],
+) -> None:
+    """And truly: every document of a packed row gets the logits that it gets alone."""
+    model = fresh(architecture, family, settings)
+    collate = make_collator(family, tokenizer, model.config)
+    check_packing(model, collate, *rows.values())
+    assert model.training
+    model.eval()
+    row = rows[True][0]
+    rng = np.random.default_rng(0)
+    with torch.no_grad():
+        packed = model(**given(model, collate, [row], rng)).logits[0]
+        for start, end in zip(row.starts, [*row.starts[1:], len(row)], strict=True):
+            one = TokenRow(row.prompt, row.answer[start:end], row.starts[:1])
+            alone = model(**given(model, collate, [one], rng)).logits[0]
+            assert torch.allclose(packed[start:end], alone, rtol=1e-4, atol=1e-4)
+
+
+def given(
+    model: Any, collate: Collator, some: list[TokenRow], rng: np.random.Generator
+) -> dict[str, Any]:
+    """What the model reads of rows, nothing hidden."""
+    batch = collate(some, rng)
+    hidden = batch["labels"] >= 0 if collate.family == "masked" else batch["labels"] < -100
+    batch["input_ids"] = torch.where(hidden, batch["labels"], batch["input_ids"])
+    return model_inputs(model, batch)
+
+
+@pytest.mark.parametrize(("family", "architecture", "settings"), TOGETHER)
+def test_documents_that_are_not_are_refused(
+    family: str,
+    architecture: str,
+    settings: dict[str, Any],
+    tokenizer: Any,
+    rows: dict[bool, TokenReader],
+) -> None:
+    """Before anything is trained; rows of one document each are read as ever."""
+    model = fresh(architecture, family, settings)
+    collate = make_collator(family, tokenizer, model.config)
+    with pytest.raises(InputError, match=f"'{architecture}' does not keep the documents") as told:
+        check_packing(model, collate, rows[True])
+    assert "set pack to nothing" in str(told.value.hint)
+    check_packing(model, collate, rows[False])
+    text = Text(train=rows[True], validation=rows[True], collate=collate)
+    objective = LanguageObjective(text, start=lambda: fresh(architecture, family, settings))
+    with pytest.raises(InputError, match="does not keep the documents"):
+        objective.build_model()
+    row = TokenRow(np.zeros(0, np.int32), np.arange(4, 12, dtype=np.int32), np.zeros(1, np.int32))
+    batch = collate([row, row], np.random.default_rng(0))
+    assert torch.isfinite(model(**model_inputs(model, batch)).logits).all()
+
+
+def test_a_window_is_not_kept_in_rows_of_several_documents(
+    tokenizer: Any, rows: dict[bool, TokenReader]
+) -> None:
+    """The library reads a mask of pairs as it is: attention would reach beyond the window."""
+    longest = int(rows[True].lengths.max())
+    for window in (longest - 1, longest):
+        model = fresh("mistral", "causal", {**SIZES, "num_key_value_heads": 2,
+                                            "sliding_window": window})  # fmt: skip
+        collate = make_collator("causal", tokenizer, model.config)
+        assert attention_window(model.config) == window
+        check_packing(model, collate, rows[False])
+        if window == longest:
+            check_packing(model, collate, rows[True])
+            continue
+        with pytest.raises(InputError, match=f"attends to {window}: its window can't be kept"):
+            check_packing(model, collate, rows[True])
+
+
+@pytest.mark.parametrize("architecture", ["roberta", "mpnet", "camembert"])
+def test_positions_that_begin_after_padding(architecture: str, tokenizer: Any) -> None:
+    """As many tokens as are said have positions, packed or not; one more has none."""
+    model = fresh(architecture, "masked", {**SIZES, "max_position_embeddings": 16}).eval()
+    collate = make_collator("masked", tokenizer, model.config)
+    most = longest_text(model.config)
+    assert most is not None and collate.first == 16 - most
+    rng = np.random.default_rng(0)
+    ids = np.full(most + 1, 5, np.int32)
+    nothing = np.zeros(0, np.int32)
+    for starts in ([0], [0, most]):
+        row = TokenRow(nothing, ids[:most], np.array(starts[:1], np.int32))
+        model(**model_inputs(model, collate([row], rng)))
+    with pytest.raises((IndexError, RuntimeError)):
+        one_more = TokenRow(nothing, ids, np.zeros(1, np.int32))
+        model(**model_inputs(model, collate([one_more], rng)))
+    packed = TokenRow(nothing, ids[:8], np.array([0, 3], np.int32))
+    positions = collate([packed], rng)["position_ids"][0]
+    assert positions.tolist() == [collate.first + n for n in (0, 1, 2, 0, 1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize("family", ["causal", "masked"])
+def test_a_step_says_it_and_leaves_nothing(family: str, tmp_path: Path, run_task: Any) -> None:
+    """Through the training engine: the sentence arrives from the worker."""
+    from goldcrest.tasks.language.models import ModelConfig
+    from goldcrest.tasks.language.pretrain import PretrainConfig, pretrain
+
+    words = toys.tokenizer_artifact(tmp_path / "words")
+    made = toys.tokens_artifact(tmp_path / "tokens", family=family, rows=8, packed=True)
+    architecture, settings = {
+        "causal": ("rwkv", RWKV),
+        "masked": ("deberta-v2", {**SIZES, **LONGEST}),
+    }[family]
+    model = ModelConfig(
+        architecture=architecture,
+        settings=settings,
+        family=family,  # type: ignore[arg-type]
+    )
+    with pytest.raises(InputError, match="does not keep the documents of a packed row apart"):
+        run_task(pretrain, PretrainConfig(model=model), words, made)
