@@ -107,11 +107,11 @@ class Material:
 
 def baseline(metric: Metric, *, material: Material) -> dict[str, Any]:
     """The float model's scores and latencies; `metric` is the one that will be asked for."""
-    from goldcrest.tasks.language.documents import check_packing
+    from goldcrest.tasks.language.documents import check_reading
 
     model = material.load()
     readers = (open_rows(path, material.family) for path in (material.train, material.validation))
-    check_packing(model, material.collate, *readers)
+    check_reading(model, material.collate, *readers)
     scores = measure(model, material.evaluation_batches(), material.family)
     told = {"metric": scores[metric], **scores, **latencies(model, material)}
     return told | {"pieced_loss": pieced_loss(model, material)}

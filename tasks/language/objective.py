@@ -34,7 +34,7 @@ from goldcrest.kernels.language.losses import NO_LOSS, cross_entropy, prediction
 from goldcrest.kernels.language.padding import token_mask
 from goldcrest.tasks.data.tokens import TokenReader
 from goldcrest.tasks.language.collator import Collator
-from goldcrest.tasks.language.documents import check_packing
+from goldcrest.tasks.language.documents import check_reading
 
 Distillation = Literal["none", "logits", "squarehead", "feature_mse"]
 _EVALUATION_BATCH = 16  # rows of a forward pass without gradients
@@ -107,13 +107,13 @@ class LanguageObjective:
     def build_model(self) -> nn.Module:
         """The model that training starts from, all trainable but what the library keeps fixed.
 
-        InputError for rows of several documents that the model does not keep apart.
+        InputError for a model that does not read the rows as it should (documents.py).
         """
         from goldcrest.kernels.language.architectures import library_frozen
         from goldcrest.tasks.language.models import checkpoint_activations
 
         model = self.start().train().requires_grad_(True)
-        check_packing(model, self.text.collate, self.text.train, self.text.validation)
+        check_reading(model, self.text.collate, self.text.train, self.text.validation)
         for name in library_frozen(model.config, self.text.family):
             model.get_parameter(name).requires_grad_(False)
         if self.activation_checkpointing:

@@ -92,7 +92,7 @@ class LossShard:
 def row_losses(shard: LossShard) -> np.ndarray:
     """(n, 5) float64 by row: NLL and entropy in nats; tokens, characters, bytes."""
     from goldcrest.tasks.language.collator import make_collator
-    from goldcrest.tasks.language.documents import check_packing
+    from goldcrest.tasks.language.documents import check_reading
     from goldcrest.tasks.language.rows import check_speech, open_rows
 
     bundle = load_on(shard.folder, shard.device)
@@ -100,7 +100,7 @@ def row_losses(shard: LossShard) -> np.ndarray:
     check_speech(reader, bundle.model.config)
     collate = make_collator(bundle.facts["family"], bundle.tokenizer, bundle.model.config)
     if bundle.facts.get("quantization") is None:  # of whose rounding neighbours are a part
-        check_packing(bundle.model, collate, reader)
+        check_reading(bundle.model, collate, reader)
     found = np.zeros((len(shard.rows), 5))
     # Rows of similar length share a batch: less padding.
     order = np.argsort([-reader.lengths[row] for row in shard.rows], kind="stable")

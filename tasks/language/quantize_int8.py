@@ -143,7 +143,7 @@ def _batches(
     """
     from goldcrest.tasks.data.tokens import cut, has_loss
     from goldcrest.tasks.language.collator import make_collator
-    from goldcrest.tasks.language.documents import check_packing
+    from goldcrest.tasks.language.documents import check_reading
 
     reader, config = open_rows(rows_file(tokens, "train"), family), network.config
     check_speech(reader, config)
@@ -151,7 +151,7 @@ def _batches(
     if not len(reader):
         raise StepError("the tokens have no training rows, which are needed to calibrate on")
     collate = make_collator(family, load_tokenizer(tokenizer_folder(model)), config)
-    check_packing(network, collate, reader)
+    check_reading(network, collate, reader)
     rng = np.random.default_rng([seed, 8])
     usable = (
         (int(reader.lengths[number]), row)

@@ -365,10 +365,10 @@ def calibration_batches(
     """
     from goldcrest.kernels.language.losses import NO_LOSS
     from goldcrest.kernels.language.padding import token_mask
-    from goldcrest.tasks.language.documents import check_packing
+    from goldcrest.tasks.language.documents import check_reading
     from goldcrest.tasks.language.objective import model_inputs
 
-    check_packing(model, text.collate, text.train)
+    check_reading(model, text.collate, text.train)
     rng = np.random.default_rng([seed, 7])
     sample = rng.permutation(len(text.train))[: cfg.calibration_rows]
     order = sample[np.argsort(text.train.lengths[sample], kind="stable")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from goldcrest.kernels.language.architectures import (
 )
 from goldcrest.tasks.data.tokens import TokenReader, TokenRow
 from goldcrest.tasks.language.collator import Collator, make_collator
-from goldcrest.tasks.language.documents import attention_window, check_packing
+from goldcrest.tasks.language.documents import attention_window, check_reading
 from goldcrest.tasks.language.objective import LanguageObjective, Text, model_inputs
 from tests.tasks.language import language_toys as toys
 
@@ -104,8 +105,9 @@ def test_documents_that_are_apart_pass(
     """And truly: every document of a packed row gets the logits that it gets alone."""
     model = fresh(architecture, family, settings)
     collate = make_collator(family, tokenizer, model.config)
-    check_packing(model, collate, *rows.values())
+    check_reading(model, collate, *rows.values())
     assert model.training
+    check_reading(copy.deepcopy(model).bfloat16(), collate, *rows.values())
     model.eval()
     row = rows[True][0]
     rng = np.random.default_rng(0)
@@ -139,9 +141,10 @@ def test_documents_that_are_not_are_refused(
     model = fresh(architecture, family, settings)
     collate = make_collator(family, tokenizer, model.config)
     with pytest.raises(InputError, match=f"'{architecture}' does not keep the documents") as told:
-        check_packing(model, collate, rows[True])
+        check_reading(model, collate, rows[True])
     assert "set pack to nothing" in str(told.value.hint)
-    check_packing(model, collate, rows[False])
+    check_reading(model, collate, rows[False])
+    assert model.training
     text = Text(train=rows[True], validation=rows[True], collate=collate)
     objective = LanguageObjective(text, start=lambda: fresh(architecture, family, settings))
     with pytest.raises(InputError, match="does not keep the documents"):
@@ -149,6 +152,26 @@ def test_documents_that_are_not_are_refused(
     row = TokenRow(np.zeros(0, np.int32), np.arange(4, 12, dtype=np.int32), np.zeros(1, np.int32))
     batch = collate([row, row], np.random.default_rng(0))
     assert torch.isfinite(model(**model_inputs(model, batch)).logits).all()
+
+
+@pytest.mark.parametrize("architecture", ["bert", "roberta"])
+def test_a_causal_model_that_sees_ahead_is_refused(
+    architecture: str, tokenizer: Any, rows: dict[bool, TokenReader]
+) -> None:
+    """It would learn to copy. As a decoder it may be trained."""
+    settings = {**SIZES, **LONGEST}
+    model = fresh(architecture, "causal", settings)
+    collate = make_collator("causal", tokenizer, model.config)
+    with pytest.raises(InputError, match="sees tokens that it is to predict") as told:
+        check_reading(model, collate, rows[False])
+    assert "set is_decoder to true" in str(told.value.hint)
+    decoder = fresh(architecture, "causal", {**settings, "is_decoder": True})
+    check_reading(decoder, collate, *rows.values())
+
+
+def test_a_context_shorter_than_the_question(tokenizer: Any, rows: dict[bool, TokenReader]) -> None:
+    model = fresh("gpt2", "causal", {**GPT2, "n_positions": 8})
+    check_reading(model, make_collator("causal", tokenizer, model.config), rows[False])
 
 
 def test_a_window_is_not_kept_in_rows_of_several_documents(
@@ -161,12 +184,12 @@ def test_a_window_is_not_kept_in_rows_of_several_documents(
                                             "sliding_window": window})  # fmt: skip
         collate = make_collator("causal", tokenizer, model.config)
         assert attention_window(model.config) == window
-        check_packing(model, collate, rows[False])
+        check_reading(model, collate, rows[False])
         if window == longest:
-            check_packing(model, collate, rows[True])
+            check_reading(model, collate, rows[True])
             continue
         with pytest.raises(InputError, match=f"attends to {window}: its window can't be kept"):
-            check_packing(model, collate, rows[True])
+            check_reading(model, collate, rows[True])
 
 
 @pytest.mark.parametrize("architecture", ["roberta", "mpnet", "camembert"])
