@@ -34,7 +34,7 @@ _AUTO_CLASSES: dict[str, Any] = {
 }
 _WELL_KNOWN = ("llama", "gpt2", "mpt", "opt", "qwen2", "t5", "mt5", "bart", "bert", "whisper")
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
-_MISFITS = (
+MISFITS = (
     *(TypeError, ValueError, RuntimeError, AssertionError, ZeroDivisionError, KeyError),
     *(AttributeError, IndexError),
 )
@@ -159,7 +159,7 @@ def bare_model(config: PreTrainedConfig, family: str) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             return auto_class(family).from_config(config, trust_remote_code=False)
-    except _MISFITS as error:
+    except MISFITS as error:
         raise ValueError(f"{config.model_type} of these sizes: {_one_line(error)}") from error
 
 
@@ -210,7 +210,7 @@ def first_position(config: PreTrainedConfig) -> int:
     try:
         with torch.device("meta"):
             model = AutoModel.from_config(config, trust_remote_code=False)
-    except _MISFITS:  # what can't be laid out is told of elsewhere
+    except (*MISFITS, ImportError):  # what can't be laid out is told of elsewhere
         return 0
     for name, module in model.named_modules():
         padding = getattr(module, "padding_idx", None)

@@ -160,6 +160,17 @@ class TokenReader:
         prompt, answer, starts = (self._columns[name][chunk][inside] for name in self._columns)
         return TokenRow(prompt, answer, starts)
 
+    @property
+    def longest_document(self) -> int:
+        """Tokens of the longest document; a row that is not packed is one."""
+        longest = int(self.lengths[self.documents == 0].max(initial=0))
+        for answers, starts in zip(self._columns["answer"], self._columns["starts"], strict=True):
+            inside = starts.values[starts.offsets[0] : starts.offsets[-1]]
+            begins = inside + np.repeat(answers.offsets[:-1], np.diff(starts.offsets))
+            borders = np.union1d(begins, answers.offsets)
+            longest = max(longest, int(np.diff(borders).max(initial=0)))
+        return longest
+
     def _lengths(self, name: str) -> np.ndarray:
         parts = [np.diff(each.offsets).astype(np.int64) for each in self._columns[name]]
         return np.concatenate([np.zeros(0, np.int64), *parts])

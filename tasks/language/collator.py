@@ -74,11 +74,7 @@ class Collator:
 
 def make_collator(family: str, tokenizer: Any, config: PreTrainedConfig) -> Collator:
     """The collator of a model; InputError for a tokenizer or config that lacks what it needs."""
-    from goldcrest.kernels.language.architectures import (
-        decoder_start,
-        first_position,
-        model_class,
-    )
+    from goldcrest.kernels.language.architectures import first_position, model_class
 
     if family == "masked" and tokenizer.mask_token_id is None:
         raise InputError(
@@ -86,13 +82,9 @@ def make_collator(family: str, tokenizer: Any, config: PreTrainedConfig) -> Coll
             hint='set tokenizer.mask to "<mask>"',
         )
     try:
-        start = decoder_start(config) if config.is_encoder_decoder else 0
+        takes = inspect.signature(model_class(config, family).forward).parameters
     except ValueError as error:
-        raise InputError(
-            f"{error}, so its decoder has nothing to start with",
-            hint="name decoder_start_token_id in the model's config.json",
-        ) from error
-    takes = inspect.signature(model_class(config, family).forward).parameters
+        raise InputError(str(error)) from error
     return Collator(
         family=family,
         pad=tokenizer.pad_token_id or 0,
@@ -100,5 +92,18 @@ def make_collator(family: str, tokenizer: Any, config: PreTrainedConfig) -> Coll
         special=tuple(tokenizer.all_special_ids),
         first=first_position(config) if "position_ids" in takes else None,
         frames=window_frames(config) if family == "speech" else 0,
-        start=start,
+        start=decoder_begin(config) if family in ("seq2seq", "speech") else 0,
     )
+
+
+def decoder_begin(config: PreTrainedConfig) -> int:
+    """Id of the token that a decoder starts with; InputError where the config names none."""
+    from goldcrest.kernels.language.architectures import decoder_start
+
+    try:
+        return decoder_start(config)
+    except ValueError as error:
+        raise InputError(
+            f"{error}, so its decoder has nothing to start with",
+            hint="name decoder_start_token_id in the model's config.json",
+        ) from error

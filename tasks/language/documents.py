@@ -6,17 +6,17 @@ in both directions unless their config says `is_decoder`; trained on next tokens
 An attention mask over documents (batches.py) is obeyed by most architectures of the library, not by
 all. A recurrent one (Mamba, RWKV) carries its state over the border, a convolution or a Fourier
 transform mixes across it, some make positions of the whole row, some can't read such a mask. So
-before packed rows are used, the model reads two short documents in one row: what it makes of the
-second must be what it makes of it alone.
+before packed rows are used, the model reads two short documents in one row. What it makes of the
+second must not change with the first, and must be what it makes of it alone.
 
 Windows of attention that are longer than the question are beyond it. The library has no window
-inside of a mask that is given, so rows may be no longer than the window.
+inside of a mask that is given, so documents may be no longer than the window.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,112 +29,174 @@ if TYPE_CHECKING:
 
     from goldcrest.tasks.language.collator import Collator
 
-SIZES = (5, 7)
-"""Tokens of the two documents."""
-TOLERANCE, ROUNDINGS = 1e-3, 32
-"""Of the greatest logit: sums in another order are off by 1e-6, a neighbour's influence by more. Of
-a precision that is coarser, that many of its steps."""
+SIZES = (5, 7, 5)
+"""Tokens of the first document, of the second, and of another first one."""
+EXACT = 1e-5
+"""Of the greatest logit: what tokens that are not seen may change, in a batch of the same shape,
+where nothing but the experts of a mixture is computed in another order."""
+ALONE, ROUNDINGS = 1e-3, 32
+"""Of the greatest logit: what another shape may change; of a coarse precision, that many steps."""
 
 
-def check_reading(model: Any, collator: Collator, *readers: TokenReader) -> None:
+def check_reading(
+    model: Any, collator: Collator, *readers: TokenReader, cut: int | None = None
+) -> None:
     """InputError for a causal model that sees what is ahead, and where any row holds several
     documents and the model does not keep them apart.
+
+    Nothing is said of a model whose logits are not finite.
 
     Args:
         model: with weights of floating point. It is left as it was.
         collator: of the model.
         readers: the rows that it is to read.
+        cut: the length that rows are cut to, if they are.
     """
-    if collator.family == "causal":
-        _check_causal(model, collator)
-    packed = [each for each in readers if bool((each.documents > 1).any())]
-    if packed:
-        _check_packed(model, collator, packed)
+    with _questioned(model):
+        if collator.family == "causal":
+            _check_causal(model, collator)
+        packed = [each for each in readers if bool((each.documents > 1).any())]
+        if packed:
+            longest = max(each.longest_document for each in readers)
+            _check_window(model.config, longest if cut is None else min(longest, cut))
+            _check_packed(model, collator)
+
+
+@contextlib.contextmanager
+def _questioned(model: Any) -> Iterator[None]:
+    """In eval mode, without gradients, and afterwards as it was.
+
+    BigBird attends in blocks of long rows only, and does not go back to it after a short one.
+    """
+    import torch
+
+    training = model.training
+    changing = [each for each in model.modules() if hasattr(each, "set_attention_type")]
+    kinds = [each.attention_type for each in changing]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, kind in zip(changing, kinds, strict=True):
+            module.set_attention_type(kind)
+        model.train(training)
 
 
 def _check_causal(model: Any, collator: Collator) -> None:
     """Another last token must not change what is predicted before it."""
     from goldcrest.kernels.language.architectures import longest_text
 
-    one = _drawn(model, collator)[: longest_text(model.config)]
-    other = np.append(one[:-1], one[0])
-    off = _off(model, collator, (_row(one), 0), (_row(other), 0), len(one) - 1)
-    if off > _tolerance(model):
-        decoder = getattr(model.config, "is_decoder", None) is False
+    _, second, another = _drawn(model, collator)
+    one = second[: longest_text(model.config)]
+    other = np.append(one[:-1], another[:1])
+    a, b = (_logits(model, collator, _row(each))[:, :-1] for each in (one, other))
+    if _finite(a) and (off := _off(a, b)) > EXACT:
         raise InputError(
             f"'{model.config.model_type}' sees tokens that it is to predict: what follows changes "
             f"its logits by {off:.1g} of the greatest",
-            hint="set is_decoder to true in its settings or config.json"
-            if decoder
-            else "set family to masked",
+            hint=_to_be_causal(model.config),
         )
 
 
-def _check_packed(model: Any, collator: Collator, packed: Sequence[TokenReader]) -> None:
-    name = model.config.model_type
-    longest = max(int(each.lengths.max()) for each in packed)
-    window = attention_window(model.config)
+def _to_be_causal(config: Any) -> str:
+    from goldcrest.kernels.language.architectures import architecture_names
+
+    for switch in ("is_decoder", "causal"):
+        if getattr(config, switch, None) is False:
+            return f"set {switch} to true in its settings or config.json"
+    if config.model_type in architecture_names("masked"):
+        return "set family to masked"
+    return "take another architecture"
+
+
+def _check_window(config: Any, longest: int) -> None:
+    window = attention_window(config)
     if window is not None and longest > window:
         raise InputError(
-            f"packed rows have up to {longest} tokens, '{name}' attends to {window}: its window "
-            "can't be kept in rows of several documents",
+            f"a document of a packed row has {longest} tokens, '{config.model_type}' attends to "
+            f"{window}: its window can't be kept in rows of several documents",
             hint=f"set pack to nothing, or length to {window}, where the tokens are made",
         )
-    drawn = _drawn(model, collator)
-    first = SIZES[0]
+
+
+def _check_packed(model: Any, collator: Collator) -> None:
+    """The second of two documents, behind one, behind another and alone."""
+    import torch
+
+    from goldcrest.kernels.language.architectures import MISFITS
+
+    if _setting(model.config, "attention_type") == "block_sparse":
+        raise _together(model, "the blocks that it attends to are chosen for the row")
+    first, second, another = _drawn(model, collator)
+    alone = _logits(model, collator, _row(second))
+    if not _finite(alone):
+        return
     try:
-        off = _off(model, collator, (_row(drawn, first), first), (_row(drawn[first:]), 0), SIZES[1])
-        why = f"logits off by {off:.1g} of the greatest"
-    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
-        off, why = math.inf, f"it fails: {' '.join(str(error).split())[:100]}"
-    if off > _tolerance(model):
-        raise InputError(
-            f"'{name}' does not keep the documents of a packed row apart ({why})",
-            hint="set pack to nothing where the tokens are made: one document in a row",
+        behind, other = (
+            _logits(model, collator, _row(np.concatenate([each, second]), len(each)))[
+                :, len(each) :
+            ]
+            for each in (first, another)
         )
+    except torch.OutOfMemoryError:
+        raise
+    except MISFITS as error:
+        raise _together(
+            model, f"it can't read them: {' '.join(str(error).split())[:100]}"
+        ) from error
+    # Not "more than": NaN is more than nothing.
+    if not _off(behind, other) <= EXACT:
+        raise _together(model, "the one before changes its logits")
+    steps = ROUNDINGS * torch.finfo(next(model.parameters()).dtype).eps
+    if not _off(behind, alone) <= max(ALONE, steps):
+        raise _together(model, "alone it has other logits: its positions, say, go on")
+
+
+def _together(model: Any, why: str) -> InputError:
+    return InputError(
+        f"'{model.config.model_type}' does not keep the documents of a packed row apart ({why})",
+        hint="set pack to nothing where the tokens are made: one document in a row",
+    )
 
 
 def attention_window(config: Any) -> int | None:
     """Tokens that some layer attends to at most, or None; of ModernBERT, on either side."""
     text = config.get_text_config()
-    sizes = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    return min((size for size in sizes if isinstance(size, int)), default=None)
+    kinds = _setting(text, "layer_types")
+    windows = {"sliding_window": "sliding", "attention_chunk_size": "chunked"}
+    sizes = [
+        _setting(text, name)
+        for name, word in windows.items()
+        if kinds is None or any(word in str(kind) for kind in kinds)
+    ]
+    return min((size for size in sizes if isinstance(size, int) and size > 0), default=None)
 
 
-_Place = tuple[TokenRow, int]
-
-
-def _off(model: Any, collator: Collator, one: _Place, other: _Place, tokens: int) -> float:
-    """How far apart the logits of `tokens` tokens are, from a place of either row on: the greatest
-    difference by the greatest logit. The model is in eval mode meanwhile.
-    """
-    import torch
-
-    training = model.training
-    model.eval()
+def _setting(config: Any, name: str) -> Any:
+    """A field of a config; None where it has none, or another for each layer."""
     try:
-        with torch.no_grad():
-            a, b = (
-                _logits(model, collator, row)[:, start : start + tokens]
-                for row, start in (one, other)
-            )
-    finally:
-        model.train(training)
-    return float((a - b).abs().max() / b.abs().max().clamp(min=1e-30))
+        return getattr(config, name, None)
+    except RuntimeError:  # as the library says of the latter
+        return None
 
 
-def _tolerance(model: Any) -> float:
-    import torch
+def _off(one: Tensor, other: Tensor) -> float:
+    """The greatest difference by the greatest of `other`."""
+    return float((one - other).abs().max() / other.abs().max().clamp(min=1e-30))
 
-    return max(TOLERANCE, ROUNDINGS * torch.finfo(next(model.parameters()).dtype).eps)
+
+def _finite(logits: Tensor) -> bool:
+    return bool(logits.isfinite().all())
 
 
-def _drawn(model: Any, collator: Collator) -> np.ndarray:
-    """Distinct tokens of two documents (where the vocabulary has as many), none of them special."""
+def _drawn(model: Any, collator: Collator) -> list[np.ndarray]:
+    """Documents of `SIZES` tokens: of all different ones, if there are as many, none special."""
     vocabulary = model.config.get_text_config().vocab_size
     usable = np.setdiff1d(np.arange(vocabulary), [collator.pad, *collator.special])
-    rng = np.random.default_rng(0)
-    return rng.choice(usable, sum(SIZES), replace=len(usable) < sum(SIZES)).astype(np.int32)
+    total = sum(SIZES)
+    drawn = np.random.default_rng(0).choice(usable, total, replace=len(usable) < total)
+    return np.split(drawn.astype(np.int32), np.cumsum(SIZES)[:-1])
 
 
 def _row(tokens: np.ndarray, *starts: int) -> TokenRow:

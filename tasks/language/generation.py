@@ -15,6 +15,7 @@ The model is only read: requests in several threads may share one `Generator`.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import queue
 import threading
@@ -134,6 +135,23 @@ def _limits(config: PreTrainedConfig, family: str) -> tuple[int | None, int | No
     return (longest_text(config) if family == "causal" else None), None
 
 
+def _count_from(model: Any, first: int) -> None:
+    """Have `generate` give the model positions from `first` on; the library counts from 0."""
+    prepare = model.prepare_inputs_for_generation
+    if first == getattr(prepare, "first", 0):
+        return
+
+    @functools.wraps(prepare)  # the library looks at its parameters
+    def prepared(*args: Any, **kwargs: Any) -> Any:
+        made = prepare(*args, **kwargs)
+        if made.get("position_ids") is not None:
+            made["position_ids"] = made["position_ids"] + first
+        return made
+
+    prepared.first = first  # type: ignore[attr-defined]
+    model.prepare_inputs_for_generation = prepared
+
+
 class Generator:
     """Text from one loaded bundle.
 
@@ -149,6 +167,9 @@ class Generator:
         The model's `generation_config` keeps its special tokens only (`without_taste`). Raises
         InputError for a model that can't continue a text: an encoder, a speech model.
         """
+        from goldcrest.kernels.language.architectures import first_position
+        from goldcrest.tasks.language.collator import decoder_begin
+
         self.family: str = model.facts["family"]
         if self.family not in self.families:
             raise InputError(
@@ -160,6 +181,11 @@ class Generator:
         self.model.generation_config = without_taste(self.model.generation_config)
         self.batch_size = batch_size
         self.context, self.longest_answer = _limits(self.model.config, self.family)
+        self._decoder_begin: int | None = None
+        if self.family == "causal":
+            _count_from(self.model, first_position(self.model.config))
+        else:
+            self._decoder_begin = decoder_begin(self.model.config)
 
     def generate(
         self,
@@ -344,7 +370,7 @@ class Generator:
             bos_token_id=known.bos_token_id,
             eos_token_id=self._ends() or None,
             pad_token_id=self._pad(),
-            decoder_start_token_id=known.decoder_start_token_id,
+            decoder_start_token_id=self._decoder_begin,
         )
 
     def _ends(self) -> list[int]:

@@ -95,7 +95,11 @@ def model_config(model: ModelConfig, tokenizer: Any) -> PreTrainedConfig:
         )
     from transformers import AutoConfig
 
-    config = _loaded(model, AutoConfig.from_pretrained)
+    config: PreTrainedConfig = _loaded(model, AutoConfig.from_pretrained)
+    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+        # Some folders name it for generation only; what is trained has to start with it too.
+        said = load_generation(model)
+        config.decoder_start_token_id = getattr(said, "decoder_start_token_id", None)
     if config.get_text_config().vocab_size < len(tokenizer):
         raise InputError(
             f"the tokenizer has {len(tokenizer)} tokens, the model {model.source} "

@@ -151,7 +151,7 @@ def _batches(
     if not len(reader):
         raise StepError("the tokens have no training rows, which are needed to calibrate on")
     collate = make_collator(family, load_tokenizer(tokenizer_folder(model)), config)
-    check_reading(network, collate, reader)
+    check_reading(network, collate, reader, cut=cfg.calibration_length)
     rng = np.random.default_rng([seed, 8])
     usable = (
         (int(reader.lengths[number]), row)

@@ -5,9 +5,11 @@ mBART and PLBart shift labels in a way of their own: the label that ends a text 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,10 +24,11 @@ from goldcrest.tasks.language.collator import make_collator
 from goldcrest.tasks.language.generation import GenerationSettings, Generator
 from goldcrest.tasks.language.harness_model import BundleModel
 from goldcrest.tasks.language.int4_trials import measure
+from goldcrest.tasks.language.models import ModelConfig, model_config
 from goldcrest.tasks.language.objective import model_inputs
 from goldcrest.tasks.language.quality import loss_batch
 from tests.tasks.language import language_toys as toys
-from tests.tasks.language.test_documents import BART, fresh
+from tests.tasks.language.test_documents import BART, LONGEST, SIZES, fresh
 
 ARCHITECTURES = {"bart": BART, "mbart": BART, "plbart": BART, "t5": toys.T5}
 
@@ -75,6 +78,42 @@ def test_and_so_does_generation(architecture: str, words: Any, tmp_path: Path) -
         [(("", ""), prompt, list(made.tokens))]
     )
     assert greedy
+
+
+@pytest.mark.parametrize("architecture", ["bert", "roberta", "xlm-roberta", "camembert", "llama"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_decoder_writes_what_it_scores_highest(architecture: str, batch: int, words: Any) -> None:
+    """RoBERTa's kind counts positions from its padding on, in generation too; so does a batch whose
+    prompts differ in length."""
+    settings = {**SIZES, **LONGEST} | ({} if architecture == "llama" else {"is_decoder": True})
+    model = fresh(architecture, "causal", settings).eval()
+    facts = {"family": "causal", "name": "dense", "architecture": architecture, "bos": False}
+    bundle = LanguageModel(facts, model, words)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(4, toys.WORDS, size).tolist() for size in (3, 5, 1, 4, 2, 6, 3, 7)]
+    Generator(bundle)  # another of the same model changes nothing
+    generator = Generator(bundle, batch_size=batch)
+    made = generator.generate(prompts, GenerationSettings(max_new_tokens=6))
+    for prompt, each in zip(prompts, made, strict=True):
+        if not each.tokens:  # the end of text came first
+            continue
+        asked = [(("", ""), prompt, list(each.tokens))]
+        ((_, greedy),) = BundleModel(bundle)._loglikelihood_tokens(asked)
+        assert greedy
+    assert sum(len(each.tokens) for each in made) > len(prompts)
+
+
+def test_a_start_that_is_named_for_generation_only_is_trained_with(
+    words: Any, tmp_path: Path
+) -> None:
+    model = fresh("bart", "seq2seq", BART)
+    model.save_pretrained(tmp_path)
+    for name, start in (("config", None), ("generation_config", 7)):
+        file = tmp_path / f"{name}.json"
+        told = json.loads(file.read_text("utf-8")) | {"decoder_start_token_id": start}
+        file.write_text(json.dumps(told), "utf-8")
+    config = model_config(ModelConfig(path=str(tmp_path), family="seq2seq"), words)
+    assert make_collator("seq2seq", words, config).start == 7
 
 
 def test_a_decoder_without_a_token_to_start_with_is_refused(words: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from goldcrest.kernels.language.architectures import (
     fresh_config,
     longest_text,
     new_model,
+    parse_config,
 )
 from goldcrest.tasks.data.tokens import TokenReader, TokenRow
 from goldcrest.tasks.language.collator import Collator, make_collator
@@ -50,16 +52,20 @@ APART = [
     ("masked", "xlm-roberta", {**SIZES, **LONGEST}),
     ("masked", "mpnet", {**SIZES, **LONGEST}),
     ("masked", "modernbert", {**SIZES, **LONGEST}),
+    ("masked", "big_bird", {**SIZES, **LONGEST, "attention_type": "original_full"}),
 ]
+FAILS, MIXES = "it can't read them", "the one before changes its logits"
 TOGETHER = [
-    ("causal", "bloom", {"hidden_size": 32, "n_layer": 1, "n_head": 4}),
-    ("causal", "falcon", ALIBI),
-    ("causal", "mamba", MAMBA),
-    ("causal", "rwkv", RWKV),
-    ("causal", "bart", BART),
-    ("masked", "esm", {**SIZES, **LONGEST}),
-    ("masked", "deberta-v2", {**SIZES, **LONGEST}),
-    ("masked", "fnet", {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 48}),
+    ("causal", "bloom", {"hidden_size": 32, "n_layer": 1, "n_head": 4}, FAILS),
+    ("causal", "falcon", ALIBI, FAILS),
+    ("causal", "mamba", MAMBA, FAILS),
+    ("causal", "rwkv", RWKV, MIXES),
+    ("causal", "bart", BART, "alone it has other logits"),
+    ("masked", "esm", {**SIZES, **LONGEST}, FAILS),
+    ("masked", "deberta-v2", {**SIZES, **LONGEST}, FAILS),
+    ("masked", "convbert", {**SIZES, **LONGEST, "embedding_size": 32}, MIXES),
+    ("masked", "fnet", {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 48}, MIXES),
+    ("masked", "big_bird", {**SIZES, **LONGEST}, "the blocks"),
 ]
 
 
@@ -129,18 +135,19 @@ def given(
     return model_inputs(model, batch)
 
 
-@pytest.mark.parametrize(("family", "architecture", "settings"), TOGETHER)
+@pytest.mark.parametrize(("family", "architecture", "settings", "why"), TOGETHER)
 def test_documents_that_are_not_are_refused(
     family: str,
     architecture: str,
     settings: dict[str, Any],
+    why: str,
     tokenizer: Any,
     rows: dict[bool, TokenReader],
 ) -> None:
     """Before anything is trained; rows of one document each are read as ever."""
     model = fresh(architecture, family, settings)
     collate = make_collator(family, tokenizer, model.config)
-    with pytest.raises(InputError, match=f"'{architecture}' does not keep the documents") as told:
+    with pytest.raises(InputError, match=f"'{architecture}' does not keep .* \\({why}") as told:
         check_reading(model, collate, rows[True])
     assert "set pack to nothing" in str(told.value.hint)
     check_reading(model, collate, rows[False])
@@ -174,17 +181,124 @@ def test_a_context_shorter_than_the_question(tokenizer: Any, rows: dict[bool, To
     check_reading(model, make_collator("causal", tokenizer, model.config), rows[False])
 
 
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("family", "architecture", "settings", "words"),
+    [
+        ("causal", "bert", {**SIZES, **LONGEST}, "sees tokens"),
+        ("causal", "roberta", {**SIZES, **LONGEST}, "sees tokens"),
+        ("masked", "convbert", {**SIZES, **LONGEST, "embedding_size": 32}, "does not keep"),
+        ("causal", "rwkv", RWKV, "does not keep"),
+    ],
+)
+def test_it_is_seen_in_weights_as_they_are_first_drawn(
+    family: str,
+    architecture: str,
+    settings: dict[str, Any],
+    words: str,
+    precision: torch.dtype,
+    tokenizer: Any,
+    rows: dict[bool, TokenReader],
+) -> None:
+    """Small ones, whose tokens hardly matter to each other yet; and in coarse precisions."""
+    special = {"pad": 0, "bos": 1, "eos": 2}
+    config = fresh_config(architecture, settings, vocabulary=toys.WORDS, special=special)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = new_model(config, family).to(precision)
+        collate = make_collator(family, tokenizer, config)
+        with pytest.raises(InputError, match=words):
+            check_reading(model, collate, rows[True])
+
+
+def test_weights_that_are_not_finite_are_not_the_rows_fault(
+    tokenizer: Any, rows: dict[bool, TokenReader]
+) -> None:
+    model = fresh("llama", "causal", {**SIZES, **LONGEST})
+    torch.nn.init.constant_(model.lm_head.weight, float("nan"))
+    check_reading(model, make_collator("causal", tokenizer, model.config), rows[True])
+
+
+def test_logits_that_a_mask_makes_nan_are(
+    tokenizer: Any, rows: dict[bool, TokenReader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = fresh("llama", "causal", {**SIZES, **LONGEST})
+    forward = model.forward
+
+    def spoilt(**given: Any) -> Any:
+        made = forward(**given)
+        if given["attention_mask"].ndim == 4:
+            made.logits.fill_(float("nan"))
+        return made
+
+    spoilt.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    monkeypatch.setattr(model, "forward", spoilt)
+    with pytest.raises(InputError, match="does not keep the documents"):
+        check_reading(model, make_collator("causal", tokenizer, model.config), rows[True])
+
+
+def test_memory_that_is_short_is_not_the_rows_fault(
+    tokenizer: Any, rows: dict[bool, TokenReader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = fresh("llama", "causal", {**SIZES, **LONGEST})
+    forward = model.forward
+
+    def greedy(**given: Any) -> Any:
+        if given["attention_mask"].ndim == 4:
+            raise torch.OutOfMemoryError("of the GPU")
+        return forward(**given)
+
+    greedy.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    monkeypatch.setattr(model, "forward", greedy)
+    with pytest.raises(torch.OutOfMemoryError):
+        check_reading(model, make_collator("causal", tokenizer, model.config), rows[True])
+
+
+def test_big_bird_attends_in_blocks_as_before(
+    tokenizer: Any, rows: dict[bool, TokenReader]
+) -> None:
+    """A short row changes its attention for good."""
+    model = fresh("big_bird", "causal", {**SIZES, **LONGEST, "is_decoder": True})
+    before = model.bert.attention_type
+    check_reading(model, make_collator("causal", tokenizer, model.config), rows[False])
+    assert model.bert.attention_type == before == model.config.attention_type == "block_sparse"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings", "window"),
+    [
+        ("mistral", {"sliding_window": 9}, 9),
+        ("mistral", {"sliding_window": None}, None),
+        ("qwen2_moe", {"use_sliding_window": False}, None),
+        ("gemma3_text", {"sliding_window": 9, "layer_types": ["full_attention"] * 2}, None),
+        ("gemma3_text", {"sliding_window": 9, "layer_types": ["sliding_attention"] * 2}, 9),
+        ("llama4_text", {"attention_chunk_size": 7}, 7),
+        ("modernbert", {"local_attention": 18}, 9),
+        ("gpt2", {}, None),
+    ],
+)
+def test_windows_are_those_of_layers_that_have_one(
+    architecture: str, settings: dict[str, Any], window: int | None
+) -> None:
+    sizes = {} if architecture in ("gpt2", "modernbert") else {"num_hidden_layers": 2}
+    if "layer_types" not in settings and architecture == "llama4_text":
+        sizes["num_hidden_layers"] = 4
+    config = parse_config({"model_type": architecture, **sizes, **settings})
+    assert attention_window(config) == window
+
+
 def test_a_window_is_not_kept_in_rows_of_several_documents(
     tokenizer: Any, rows: dict[bool, TokenReader]
 ) -> None:
     """The library reads a mask of pairs as it is: attention would reach beyond the window."""
-    longest = int(rows[True].lengths.max())
+    longest = rows[True].longest_document
+    assert longest < int(rows[True].lengths.max())
     for window in (longest - 1, longest):
         model = fresh("mistral", "causal", {**SIZES, "num_key_value_heads": 2,
                                             "sliding_window": window})  # fmt: skip
         collate = make_collator("causal", tokenizer, model.config)
-        assert attention_window(model.config) == window
         check_reading(model, collate, rows[False])
+        check_reading(model, collate, rows[True], cut=longest - 1)
         if window == longest:
             check_reading(model, collate, rows[True])
             continue

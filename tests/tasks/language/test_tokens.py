@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from goldcrest.cluster.api import Artifact, InputError
-from goldcrest.tasks.data.tokens import TokenReader, TokenRow, cut, has_loss
+from goldcrest.tasks.data.tokens import TokenReader, TokenRow, TokenWriter, cut, has_loss
 from goldcrest.tasks.language.examples import SPLITS, read_examples
 from goldcrest.tasks.language.packing import EncodedText, PackedRow, Packer
 from goldcrest.tasks.language.prepare import TextConfig, prepare_text
@@ -115,6 +116,26 @@ def test_rows_of_one_document_each(sizes: list[int], length: int, causal: bool) 
     for row in rows:
         inside = documents[row.example].tokens
         assert set(row.row.answer.tolist()) <= set(inside.tolist())
+
+
+@given(st.lists(st.lists(st.integers(1, 9), max_size=4), min_size=1, max_size=6), st.integers(1, 3))
+@settings(max_examples=50, deadline=None)
+def test_the_longest_document_of_a_file(rows: list[list[int]], prompt: int) -> None:
+    """A row is documents one after the other, or (of none) a prompt and an answer of one token."""
+    longest = 0
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.arrow"
+        with TokenWriter(path) as writer:
+            for sizes in rows:
+                starts = np.cumsum([0, *sizes])[:-1].astype(np.int32)
+                row = TokenRow(np.zeros(0, np.int32), np.zeros(sum(sizes), np.int32), starts)
+                if not sizes:
+                    row = TokenRow(np.zeros(prompt, np.int32), np.zeros(1, np.int32))
+                longest = max(longest, *(sizes or [prompt + 1]))
+                writer.write(row, example=0, characters=1, size=1)
+        found = TokenReader(path)
+        assert found.longest_document == longest
+        assert found.documents.tolist() == [len(sizes) for sizes in rows]
 
 
 def test_where_documents_start_and_go_on() -> None:
