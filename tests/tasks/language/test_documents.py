@@ -269,6 +269,7 @@ def test_big_bird_attends_in_blocks_as_before(
     [
         ("mistral", {"sliding_window": 9}, 9),
         ("mistral", {"sliding_window": None}, None),
+        ("mistral", {"sliding_window": 0}, None),
         ("qwen2_moe", {"use_sliding_window": False}, None),
         ("gemma3_text", {"sliding_window": 9, "layer_types": ["full_attention"] * 2}, None),
         ("gemma3_text", {"sliding_window": 9, "layer_types": ["sliding_attention"] * 2}, 9),
