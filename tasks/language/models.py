@@ -113,7 +113,12 @@ def build_model(model: ModelConfig, config: PreTrainedConfig) -> PreTrainedModel
     """The model that a step starts from, in float32, weights drawn or loaded."""
     from goldcrest.kernels.language.architectures import new_model
 
-    return new_model(config, model.family) if model.source is None else load_pretrained(model)
+    if model.source is None:
+        return new_model(config, model.family)
+    loaded = load_pretrained(model)
+    if config.is_encoder_decoder:  # which the folder's config.json may leave to others
+        loaded.config.decoder_start_token_id = config.decoder_start_token_id
+    return loaded
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:

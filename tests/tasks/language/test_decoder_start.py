@@ -24,7 +24,7 @@ from goldcrest.tasks.language.collator import make_collator
 from goldcrest.tasks.language.generation import GenerationSettings, Generator
 from goldcrest.tasks.language.harness_model import BundleModel
 from goldcrest.tasks.language.int4_trials import measure
-from goldcrest.tasks.language.models import ModelConfig, model_config
+from goldcrest.tasks.language.models import ModelConfig, build_model, model_config
 from goldcrest.tasks.language.objective import model_inputs
 from goldcrest.tasks.language.quality import loss_batch
 from tests.tasks.language import language_toys as toys
@@ -114,6 +114,8 @@ def test_a_start_that_is_named_for_generation_only_is_trained_with(
         file.write_text(json.dumps(told), "utf-8")
     config = model_config(ModelConfig(path=str(tmp_path), family="seq2seq"), words)
     assert make_collator("seq2seq", words, config).start == 7
+    taken = build_model(ModelConfig(path=str(tmp_path), family="seq2seq"), config)  # as it is
+    assert make_collator("seq2seq", words, taken.config).start == 7
 
 
 def test_a_decoder_without_a_token_to_start_with_is_refused(words: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -219,20 +220,29 @@ def test_weights_that_are_not_finite_are_not_the_rows_fault(
     check_reading(model, make_collator("causal", tokenizer, model.config), rows[True])
 
 
-def test_logits_that_a_mask_makes_nan_are(
-    tokenizer: Any, rows: dict[bool, TokenReader], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def reading_pairs(then: Callable[[torch.Tensor], None], patch: pytest.MonkeyPatch) -> Any:
+    """A model whose logits `then` is given, where it reads a mask of pairs."""
     model = fresh("llama", "causal", {**SIZES, **LONGEST})
     forward = model.forward
 
-    def spoilt(**given: Any) -> Any:
+    def read(**given: Any) -> Any:
         made = forward(**given)
         if given["attention_mask"].ndim == 4:
-            made.logits.fill_(float("nan"))
+            then(made.logits)
         return made
 
-    spoilt.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
-    monkeypatch.setattr(model, "forward", spoilt)
+    read.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    patch.setattr(model, "forward", read)
+    return model
+
+
+def test_logits_that_a_mask_makes_nan_are(
+    tokenizer: Any, rows: dict[bool, TokenReader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(logits: torch.Tensor) -> None:
+        logits.fill_(float("nan"))
+
+    model = reading_pairs(spoil, monkeypatch)
     with pytest.raises(InputError, match="does not keep the documents"):
         check_reading(model, make_collator("causal", tokenizer, model.config), rows[True])
 
@@ -240,16 +250,10 @@ def test_logits_that_a_mask_makes_nan_are(
 def test_memory_that_is_short_is_not_the_rows_fault(
     tokenizer: Any, rows: dict[bool, TokenReader], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = fresh("llama", "causal", {**SIZES, **LONGEST})
-    forward = model.forward
+    def fail(_: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("of the GPU")
 
-    def greedy(**given: Any) -> Any:
-        if given["attention_mask"].ndim == 4:
-            raise torch.OutOfMemoryError("of the GPU")
-        return forward(**given)
-
-    greedy.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
-    monkeypatch.setattr(model, "forward", greedy)
+    model = reading_pairs(fail, monkeypatch)
     with pytest.raises(torch.OutOfMemoryError):
         check_reading(model, make_collator("causal", tokenizer, model.config), rows[True])
 
